@@ -1,0 +1,73 @@
+"""What the cache holds, to the byte, and how it refuses misuse."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import vica
+from tests.builders import Row, batch, image, tiny_model
+
+HEADS, HEAD_DIM, FLOAT = 2, 8, 4
+ENTRY = 2 * HEADS * HEAD_DIM * FLOAT  # bytes of one token's key and value in one layer
+
+
+@torch.no_grad()
+def prefill(variant, **changes):
+    model = tiny_model(variant=variant, t2v_layers=[0, 2], **changes)
+    return model, model(**batch([Row((3, image(10), 5))]), use_cache=True).past_key_values
+
+
+def test_only_t2v_layers_hold_visual_entries():
+    _, cache = prefill("accel")
+    text, everything = 8 * ENTRY, 18 * ENTRY
+    assert cache.kv_bytes() == [everything, text, everything, text]
+
+
+def test_decoding_adds_one_entry_a_layer():
+    model, cache = prefill("accel")
+    for _ in range(3):
+        with torch.no_grad():
+            model(torch.tensor([[4]]), past_key_values=cache)
+    assert cache.kv_bytes() == [21 * ENTRY, 11 * ENTRY, 21 * ENTRY, 11 * ENTRY]
+    assert cache.get_seq_length() == 9 + 3, "columns of input_ids: the placeholder is one"
+    assert cache.next_pos.tolist() == [18 + 3], "positions: each visual token is one"
+
+
+@pytest.mark.parametrize("variant", ["dense", "mask"])
+def test_full_sequence_variants_hold_all_everywhere(variant):
+    assert prefill(variant)[1].kv_bytes() == [18 * ENTRY] * 4
+
+
+def test_text_only_rows_cost_what_llama_costs():
+    model = tiny_model(variant="accel")
+    with torch.no_grad():
+        cache = model(**batch([Row((7,))]), use_cache=True).past_key_values
+    assert cache.kv_bytes() == [7 * ENTRY] * 4
+
+
+def test_a_cache_of_another_variant_is_refused():
+    model, cache = prefill("accel")
+    model.set_variant("mask")
+    with pytest.raises(vica.ViCAError, match="made by variant 'accel'"):
+        model(torch.tensor([[4]]), past_key_values=cache)
+
+
+def test_a_cache_of_another_kind_or_size_is_refused():
+    model, cache = prefill("accel")
+    with pytest.raises(vica.ViCAError, match="DynamicCache"):
+        model(torch.tensor([[4]]), past_key_values=DynamicCache())
+    with pytest.raises(vica.ViCAError, match="hold 1 rows, input_ids 2"):
+        model(torch.tensor([[4], [5]]), past_key_values=cache)
+    with pytest.raises(vica.ViCAError, match=r"attention_mask is \[1, 1\].*\[1, 10\]"):
+        model(torch.tensor([[4]]), attention_mask=torch.ones(1, 1), past_key_values=cache)
+    with pytest.raises(vica.ViCAError, match="cache_implementation 'static'"):
+        model.generate(torch.tensor([[4]]), cache_implementation="static", max_new_tokens=2)
+
+
+def test_a_cache_can_be_emptied_and_used_again():
+    model, cache = prefill("accel")
+    inputs = batch([Row((2, image(3), 2), 1), Row((6,), 2)])
+    with torch.no_grad():
+        want = model(**inputs).logits
+        cache.reset()
+        assert torch.equal(model(**inputs, past_key_values=cache).logits, want)

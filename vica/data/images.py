@@ -1,0 +1,133 @@
+"""One image from wherever it comes, as an RGB PIL image.
+
+The EXIF orientation is left alone, as LLaVA leaves it: the released weights saw the stored pixels.
+"""
+
+import base64
+import binascii
+import os
+import urllib.error
+import urllib.request
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from vica.errors import ViCAError
+
+DOWNLOAD_SECONDS = 20
+DOWNLOAD_BYTES = 64 * 2**20
+_SHOWN_CHARACTERS = 120
+
+
+def load_image(source) -> Image.Image:
+    """`source`: a path, an http(s) or base64 data URL, bytes, a binary file, a PIL image, or a uint8 array [H, W, 3]."""
+    name = _describe(source)
+    try:
+        image = _open(source, name)
+        _refuse_bomb(image, name)
+        return image.convert("RGB")
+    except ViCAError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ViCAError(_bomb_message(name)) from None
+    except FileNotFoundError:
+        raise ViCAError(f"image {name}: no such file") from None
+    except IsADirectoryError:
+        raise ViCAError(f"image {name}: is a directory, not an image file") from None
+    except Image.UnidentifiedImageError:
+        raise ViCAError(f"image {name}: not an image in a format that Pillow reads") from None
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+        raise ViCAError(f"image {name}: cannot be read ({_one_line(error)})") from error
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of that colour; an odd pixel goes below or to the right of it."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _open(source, name: str) -> Image.Image:
+    """The image, its pixels as a rule not yet decoded."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        return Image.open(BytesIO(_download(source, name)))
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return Image.open(BytesIO(_decode_data_url(source, name)))
+    if isinstance(source, (str, os.PathLike)):
+        if os.path.isdir(source):  # opening one is another error on each system
+            raise IsADirectoryError
+        return Image.open(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return Image.open(BytesIO(source))
+    if hasattr(source, "read"):
+        return Image.open(BytesIO(source.read()))
+    if hasattr(source, "__array__"):
+        return _from_array(np.asarray(source), name)
+    raise ViCAError(
+        f"image {name}: is neither a path, a URL, bytes, a file, a PIL image nor a uint8 array [height, width, 3]"
+    )
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ViCAError(f"image {name}: an array must be uint8 [height, width, 3], got {array.dtype} {[*array.shape]}")
+    return Image.fromarray(array)
+
+
+def _refuse_bomb(image: Image.Image, name: str) -> None:
+    """One limit, Pillow's own, where Pillow itself warns at first and refuses only at twice as much."""
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ViCAError(_bomb_message(f"{name} ({width}x{height})"))
+
+
+def _bomb_message(name: str) -> str:
+    return f"image {name}: more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
+
+
+def _download(url: str, name: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "vica"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
+            content = answer.read(DOWNLOAD_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise ViCAError(f"image {name}: the server answered {error.code} {error.reason}") from error
+    except OSError as error:
+        raise ViCAError(f"image {name}: cannot be downloaded ({_one_line(error)})") from error
+    if len(content) > DOWNLOAD_BYTES:
+        raise ViCAError(f"image {name}: larger than the {DOWNLOAD_BYTES // 2**20} MiB that are downloaded")
+    return content
+
+
+def _decode_data_url(url: str, name: str) -> bytes:
+    head, comma, content = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ViCAError(f"image {name}: a data URL must read data:image/<type>;base64,<content>")
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ViCAError(f"image {name}: its base64 content is broken ({_one_line(error)})") from error
+
+
+def _describe(source) -> str:
+    """How messages name the source: what the user wrote where that is short, else its beginning or its type."""
+    if isinstance(source, (str, os.PathLike)):
+        text = repr(os.fspath(source))
+    elif isinstance(getattr(source, "name", None), str):
+        text = repr(source.name)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        text = f"of {len(source)} bytes"
+    else:
+        text = f"of type {type(source).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__

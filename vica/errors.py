@@ -1,0 +1,6 @@
+"""The one exception that means: the user can fix this."""
+
+
+class ViCAError(ValueError):
+    """A mistake in what the user gave. The message is one line that names the value and what would be right;
+    the command line prints it without a traceback."""

@@ -1,0 +1,64 @@
+"""`vica.load`: a model and its processor from a folder or a hub repository, in any of the three layouts."""
+
+import logging
+import os
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from .data.processor import ViCAProcessor
+from .errors import ViCAError
+from .model import checkpoint
+from .model.config import ViCAConfig
+from .model.llava import ViCAForConditionalGeneration
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+LAYOUTS = ("llava", "hf", "vica")
+
+
+def load(
+    path_or_repo: str | os.PathLike,
+    variant: str | None = None,
+    t2v_layers=None,
+    device=None,
+    dtype=None,
+    freeze_prefix: bool | int | None = None,
+    recipe: str | os.PathLike | None = None,
+    **kwargs,
+) -> tuple[ViCAForConditionalGeneration, ViCAProcessor | None]:
+    """Layers: `t2v_layers`, else T2V_LAYERS in the environment, else `recipe` (a file of configs/), else the checkpoint.
+    `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
+    device, dtype = checkpoint.check_device(device), checkpoint.check_dtype(dtype)
+    folder = checkpoint.find_folder(path_or_repo)
+    model = ViCAForConditionalGeneration.from_pretrained(
+        folder, variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe, dtype=dtype, **kwargs
+    )
+    model.config.name_or_path = str(path_or_repo)
+    return model.to(device).eval(), load_processor(folder, model.config)
+
+
+def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
+    """The saved processor; for folders of other code bases, one made from the config and the tokenizer."""
+    saved = folder / "processor_config.json"
+    if saved.is_file() and checkpoint.read_json(saved).get("processor_class") == ViCAProcessor.__name__:
+        return ViCAProcessor.from_pretrained(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        log.warning("%s holds no tokenizer: the model comes without a processor", folder)
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a broken file makes the tokenizers library raise
+        raise ViCAError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    return ViCAProcessor.from_config(config, tokenizer)
+
+
+def convert(source, target, to: str, **settings) -> Path:
+    """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it."""
+    if to not in LAYOUTS:
+        raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(LAYOUTS)}")
+    folder = checkpoint.find_folder(source)
+    config = checkpoint.read_config(folder, **settings)
+    processor = load_processor(folder, config)
+    return checkpoint.convert(ViCAForConditionalGeneration, folder, target, to, config, processor)

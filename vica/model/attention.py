@@ -1,0 +1,177 @@
+"""Attention of runs of query rows over chosen keys, by several kernels with one meaning.
+
+A run is a stretch of consecutive query rows that share one key list ending with the run's own tokens, so within it
+causality is lower-right: the last query sees all keys, the one before it all but the last, and so on. Rows of any
+lengths, images in any place and cached turns are all lists of runs. Query rows lie packed, run after run.
+
+Shape legend: N query rows, R key rows, H heads, G runs of a padded group, D head_dim.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.11's varlen_attn has no such argument.
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Runs:
+    """Runs over packed queries and key rows. `parts` splits them into groups that are padded together by the kernels
+    that need a dense shape (prefix runs and text runs differ tenfold in their number of keys)."""
+
+    def __init__(self, q_lens: list[int], key_lists: list[np.ndarray], parts: list[int], device: torch.device):
+        self.q_lens, self.k_lens = q_lens, [len(x) for x in key_lists]
+        self.key_lists, self.parts, self.device = key_lists, parts, device
+
+    @cached_property
+    def key_index(self) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(self.key_lists)).to(self.device)
+
+    @cached_property
+    def cumulative(self) -> tuple[torch.Tensor, torch.Tensor]:
+        starts = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=self.device) for x in self._lens]
+        return starts[0], starts[1]
+
+    @property
+    def _lens(self):
+        return self.q_lens, self.k_lens
+
+    @cached_property
+    def groups(self) -> list["Group"]:
+        groups, run, row = [], 0, 0
+        for size in self.parts:
+            if size:
+                q_lens = self.q_lens[run : run + size]
+                groups.append(Group(row, q_lens, self.key_lists[run : run + size], self.device))
+                run, row = run + size, row + sum(q_lens)
+        return groups
+
+
+class Group:
+    """Runs padded to one shape. Equal runs need neither padding nor a mask."""
+
+    def __init__(self, first_row: int, q_lens: list[int], key_lists: list[np.ndarray], device: torch.device):
+        k_lens = [len(x) for x in key_lists]
+        self.rows, self.size = slice(first_row, first_row + sum(q_lens)), len(q_lens)
+        self.q_len, self.k_len = max(q_lens), max(k_lens)
+        self.uniform = min(q_lens) == self.q_len and min(k_lens) == self.k_len
+        keys = np.zeros((self.size, self.k_len), np.int64)
+        for i, x in enumerate(key_lists):
+            keys[i, : len(x)] = x
+        self.keys = torch.from_numpy(keys).to(device)
+        if not self.uniform:
+            q_lens_t, k_lens_t = torch.tensor(q_lens), torch.tensor(k_lens)
+            here = torch.arange(self.q_len)[None] < q_lens_t[:, None]
+            self.unpad = here.flatten().nonzero().squeeze(1).to(device)
+            self.pad = (here.flatten().cumsum(0) - 1).clamp(min=0).view(here.shape).to(device)
+            last_key = (k_lens_t - q_lens_t)[:, None] + torch.arange(self.q_len)[None]
+            last_key = torch.minimum(last_key, k_lens_t[:, None] - 1)  # padding rows: any keys but the holes
+            self.mask = (torch.arange(self.k_len) <= last_key[..., None])[:, None].to(device)
+
+    def gather(self, q, k, v):
+        q = q[self.rows]
+        q = q.view(self.size, self.q_len, *q.shape[1:]) if self.uniform else q[self.pad]
+        return q.transpose(1, 2), k[self.keys].transpose(1, 2), v[self.keys].transpose(1, 2)
+
+    def scatter(self, out):
+        out = out.transpose(1, 2).flatten(0, 1)
+        return out if self.uniform else out[self.unpad]
+
+
+def sdpa(q, k, v, runs: Runs) -> torch.Tensor:
+    """[N, H, D]. Uniform groups run without a mask tensor (flash kernels on CUDA), ragged ones with one."""
+    outs = []
+    for group in runs.groups:
+        gq, gk, gv = group.gather(q, k, v)
+        if not group.uniform:
+            mask = group.mask
+        else:
+            mask = causal_lower_right(group.q_len, group.k_len) if group.q_len > 1 else None
+        outs.append(group.scatter(sdpa_heads(gq, gk, gv, mask)))
+    return torch.cat(outs)
+
+
+def eager(q, k, v, runs: Runs) -> torch.Tensor:
+    """The same in plain products and a float32 softmax."""
+    outs = []
+    for group in runs.groups:
+        gq, gk, gv = group.gather(q, k, v)
+        mask = causal_mask(group.q_len, group.k_len, q.device) if group.uniform else group.mask
+        outs.append(group.scatter(eager_heads(gq, gk, gv, mask)))
+    return torch.cat(outs)
+
+
+def varlen(q, k, v, runs: Runs) -> torch.Tensor:
+    """torch's variable-length flash kernel: no padding and no mask whatever the layout. Half precision on CUDA."""
+    k, v = k.index_select(0, runs.key_index), v.index_select(0, runs.key_index)
+    if k.shape[1] != q.shape[1] and not VARLEN_GQA:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # window (-1, 0) means causal, lower-right
+    return varlen_attn(q, k, v, *runs.cumulative, max(runs.q_lens), max(runs.k_lens), window_size=(-1, 0), **VARLEN_GQA)
+
+
+def flash_attn(q, k, v, runs: Runs) -> torch.Tensor:
+    """The flash-attn package, where installed."""
+    from flash_attn import flash_attn_varlen_func
+
+    k, v = k.index_select(0, runs.key_index), v.index_select(0, runs.key_index)
+    return flash_attn_varlen_func(q, k, v, *runs.cumulative, max(runs.q_lens), max(runs.k_lens), causal=True)
+
+
+KERNELS = {"sdpa": sdpa, "eager": eager, "varlen": varlen, "flash_attn": flash_attn}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Which kernel to use: one by its own name, else the best for transformers' `attn_implementation`."""
+
+    name: str | None = None
+    implementation: str | None = None
+
+    @property
+    def is_eager(self) -> bool:
+        return (self.name or self.implementation) == "eager"
+
+    def __call__(self, q, k, v, runs: Runs) -> torch.Tensor:
+        return KERNELS[self.name or self._best(q)](q, k, v, runs)
+
+    def _best(self, q: torch.Tensor) -> str:
+        """Flash kernels want half precision on CUDA and head sizes in steps of 8 up to 256: all else takes SDPA."""
+        if self.is_eager:
+            return "eager"
+        if not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256):
+            return "sdpa"
+        return "flash_attn" if (self.implementation or "").startswith("flash_attention") else "varlen"
+
+
+# --- [B, H, T, D] primitives --------------------------------------------------------------------------------------
+
+
+def sdpa_heads(q, k, v, mask) -> torch.Tensor:
+    k, v = repeat_heads(k, q), repeat_heads(v, q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def eager_heads(q, k, v, mask) -> torch.Tensor:
+    k, v = repeat_heads(k, q), repeat_heads(v, q)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(q.dtype) @ v
+
+
+def repeat_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Grouped-query attention: each key head serves several query heads. Not every SDPA kernel can, so they repeat."""
+    groups = q.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def causal_mask(q_len: int, k_len: int, device) -> torch.Tensor:
+    return torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)

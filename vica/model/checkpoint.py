@@ -1,0 +1,312 @@
+"""Reading and writing checkpoints of all three layouts (layouts.py says what differs between them).
+
+Everything is checked before a model is built: every key of the files must be used and every weight of the model
+filled, else one error lists the names. `.bin` files are read as weights only, so a pickle with code in it is refused.
+"""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, GenerationConfig
+
+from ..errors import ViCAError
+from . import layouts
+from .config import ViCAConfig
+from .plan import parse_t2v_layers
+from .vision import KNOWN_TOWERS
+
+log = logging.getLogger(__name__)
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+PROJECTOR_FILE = "mm_projector.bin"
+SHARD_SIZE = "5GB"
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def find_folder(path_or_repo: str | os.PathLike, **hub_kwargs) -> Path:
+    """A local folder as it is; else a repository of the Hugging Face hub, from its cache or downloaded."""
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or str(path_or_repo).startswith("."):
+        raise ViCAError(f"{path_or_repo} is no folder with a checkpoint")
+    try:
+        found = snapshot_download(str(path_or_repo), allow_patterns=SMALL_FILES, **hub_kwargs)
+        kinds = ("*.safetensors", "*.bin")
+        for kind in kinds:
+            if not any(Path(found).glob(kinds[0])):
+                snapshot_download(str(path_or_repo), allow_patterns=[kind], **hub_kwargs)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ViCAError(f"{path_or_repo} is no folder here and cannot be had from the hub: {reason}") from error
+    return Path(found)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ViCAError(f"{path.parent} holds no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ViCAError(f"{path} cannot be read as JSON: {error}") from error
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path, **settings) -> ViCAConfig:
+    raw = read_json(folder / "config.json")
+    config = apply_settings(ViCAConfig.from_dict(raw), **settings)
+    told = "freeze_prefix" in raw or settings.get("freeze_prefix") is not None or settings.get("recipe") is not None
+    if config.variant != "dense" and not told:
+        log.warning(
+            "the checkpoint does not say whether its prefix is frozen: freeze_prefix=True is assumed, as in the "
+            "published 7B model (the 3B and 13B ones were trained with False: see configs/)"
+        )
+    return config
+
+
+def apply_settings(
+    config: ViCAConfig, variant: str | None = None, t2v_layers=None, freeze_prefix=None, recipe: str | os.PathLike | None = None
+) -> ViCAConfig:
+    """The caller's wishes on top of a checkpoint's settings. Layers: argument, then T2V_LAYERS, then `recipe` (a file
+    of configs/), then the checkpoint."""
+    if config.vision_config is None and config.mm_vision_tower:
+        config.vision_config = tower_config(config.mm_vision_tower)
+        config.mm_hidden_size = config.vision_config.hidden_size
+    if recipe is not None:
+        named = read_json(Path(recipe))
+        config.t2v_layers = named.get("t2v_layers", config.t2v_layers)
+        config.freeze_prefix = named.get("freeze_prefix", config.freeze_prefix)
+    config.variant = variant or config.variant
+    config.freeze_prefix = config.freeze_prefix if freeze_prefix is None else freeze_prefix
+    config.t2v_layers = choose_layers(t2v_layers, config)
+    config.check()
+    config.require_layers()
+    return config
+
+
+def choose_layers(argument, config: ViCAConfig) -> list[int] | None:
+    num_layers = config.text_config.num_hidden_layers
+    if argument is not None:
+        return parse_t2v_layers(argument, num_layers)
+    if os.environ.get("T2V_LAYERS"):
+        return parse_t2v_layers(os.environ["T2V_LAYERS"], num_layers, source="T2V_LAYERS")
+    return config.t2v_layers
+
+
+def tower_config(name: str):
+    """The tower's own config: from its folder or repository, or known by name so that none need be fetched."""
+    if name in KNOWN_TOWERS:
+        return AutoConfig.for_model(**KNOWN_TOWERS[name])
+    config = AutoConfig.from_pretrained(find_folder(name))
+    return getattr(config, "vision_config", config)
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> list[Path]:
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = sorted({folder / x for x in read_json(index).get("weight_map", {}).values()})
+            missing = [x.name for x in files if not x.is_file()]
+            if missing or not files:
+                raise ViCAError(f"{index} names files that are not there: {', '.join(missing) or 'none at all'}")
+            return files
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ViCAError(f"{folder} holds no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, on the CPU, mapped rather than copied where the format allows."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ViCAError(f"{path} is refused: it holds more than weights, or is damaged") from error
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ViCAError(f"{path} is damaged or cut short: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(weights, dict) or not all(isinstance(x, torch.Tensor) for x in weights.values()):
+        raise ViCAError(f"{path} is refused: it is not a table of tensors")
+    return weights
+
+
+def is_zip(path: Path) -> bool:
+    """torch's older files are plain pickles, which cannot be mapped."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint's tensors under the names of this code base, harmless buffers left out."""
+    layout = layouts.layout_of(read_json(folder / "config.json"))
+    weights: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        for key, tensor in read_file(path).items():
+            if layouts.HARMLESS.search(key):
+                continue
+            name = layouts.our_name(key, layout)
+            if name in weights:
+                raise ViCAError(f"{path} holds {key} a second time")
+            weights[name] = tensor
+    return weights
+
+
+def read_tower(name: str) -> dict[str, torch.Tensor]:
+    """Weights of a tower kept apart from the language model. A whole CLIP's text half is left out."""
+    log.warning("the checkpoint holds no vision tower: reading %s", name)
+    weights = {}
+    for path in weight_files(find_folder(name)):
+        for key, tensor in read_file(path).items():
+            if not layouts.HARMLESS.search(key) and not layouts.TEXT_TOWER.match(key):
+                weights[layouts.TOWER + key.removeprefix("vision_model.")] = tensor
+    return weights
+
+
+def check_weights(model_class, config: ViCAConfig, weights: dict[str, torch.Tensor], source) -> None:
+    with torch.device("meta"):
+        wanted = {k: tuple(v.shape) for k, v in model_class(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight"))
+    missing = sorted(wanted.keys() - weights.keys())
+    unused = sorted(weights.keys() - wanted.keys())
+    shapes = [
+        f"{k} is {list(v.shape)}, not {list(wanted[k])}"
+        for k, v in weights.items()
+        if k in wanted and tuple(v.shape) != wanted[k]
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        for what, names in (("missing", missing), ("not of this model", unused), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ViCAError(f"the weights of {source} do not fit its config; {'; '.join(problems)}")
+
+
+def read_checkpoint(model_class, folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+    """A checked state dict for `config`."""
+    weights = read_weights(folder)
+    has_tower = any(k.startswith("model.vision_tower.") for k in weights)
+    if config.vision_config is not None and not has_tower and config.mm_vision_tower:
+        weights |= read_tower(config.mm_vision_tower)
+    check_weights(model_class, config, weights, folder)
+    return weights
+
+
+def load_projector(model, path: str | os.PathLike) -> None:
+    """Stage 1's `mm_projector.bin` (or a folder that holds it) into a model."""
+    path = Path(path)
+    path = path / PROJECTOR_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ViCAError(f"{path} is no file; stage 1 writes {PROJECTOR_FILE}")
+    given = {k.split("mm_projector.")[-1]: v for k, v in read_file(path).items() if "mm_projector." in k}
+    wanted = {k: tuple(v.shape) for k, v in model.model.mm_projector.state_dict().items()}
+    if {k: tuple(v.shape) for k, v in given.items()} != wanted:
+        raise ViCAError(
+            f"{path} does not fit the model's projector: it holds { {k: list(v.shape) for k, v in given.items()} }, "
+            f"wanted { {k: list(v) for k, v in wanted.items()} }"
+        )
+    model.model.mm_projector.load_state_dict(given)
+
+
+# --- loading a whole model ----------------------------------------------------------------------------------------
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ViCAError(f"device is {device!r}; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ViCAError(f"device is {str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ViCAError(f"dtype is {dtype!r}; it must be auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+
+
+# --- conversion ---------------------------------------------------------------------------------------------------
+
+
+def convert(model_class, source: Path, target, to: str, config: ViCAConfig, processor=None) -> Path:
+    """Rewrites a checkpoint in another layout, weights bit for bit. The target appears whole or not at all."""
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ViCAError(f"{target} exists and is not empty; nothing is overwritten")
+    weights = read_checkpoint(model_class, source, config)
+    config.dtype = weights["model.embed_tokens.weight"].dtype
+    config.architectures = [model_class.__name__]
+
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    settings = write_layout(partial, config, weights, to)
+    if processor is not None:
+        processor.image_token_index = settings["image_token_index"]
+        processor.save_pretrained(partial)
+    if (generation := generation_config(source)) is not None:
+        generation.save_pretrained(partial)
+    if target.is_dir():
+        target.rmdir()
+    partial.rename(target)
+    return target
+
+
+def write_layout(folder: Path, config: ViCAConfig, weights: dict[str, torch.Tensor], to: str) -> dict:
+    if config.tie_word_embeddings:
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+    if to == "hf":
+        settings, weights = to_hf(config, weights)
+    elif to == "llava":
+        settings = layouts.llava_config(config)
+    else:
+        settings = config.to_diff_dict()
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
+    return settings
+
+
+def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
+    if config.vision_config is None or config.mm_projector_type != "mlp2x_gelu":
+        raise ViCAError("the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model has not both")
+    image_token, vocab = config.image_token_index, config.text_config.vocab_size
+    if image_token < 0:  # transformers embeds the placeholder before it replaces it, so it must be in the vocabulary
+        image_token, vocab = vocab, -(-(vocab + 2) // 64) * 64
+    weights = {layouts.hf_name(k): pad_vocabulary(k, v, vocab) for k, v in weights.items()}
+    return layouts.hf_config(config, vocab, image_token), weights
+
+
+def pad_vocabulary(key: str, tensor: torch.Tensor, vocab: int) -> torch.Tensor:
+    if key not in ("model.embed_tokens.weight", "lm_head.weight") or len(tensor) == vocab:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(vocab - len(tensor), -1)])

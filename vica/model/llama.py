@@ -1,0 +1,107 @@
+"""The Llama decoder that every variant shares: blocks, rotary positions, and the loop over layers.
+
+A block's parameters and arithmetic are written here once. What a layer does with each token group is the business of
+a *flow* (llama_accel.py, llama_mask.py), which follows the plan:
+
+    hidden = flow.attend(block, hidden, frozen)      attention update, for the tokens the plan gives one
+    hidden = hidden + mlp(norm(hidden))              FFN update
+    hidden = flow.settle(block, hidden, frozen)      what must not have changed is put back (mask only)
+
+Shape legend: N rows of hidden states in a packed flow, B x L in a padded one, H heads, D head_dim.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .config import TextConfig
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., D]
+
+
+class Flow(Protocol):
+    """How one call's tokens pass through the layers."""
+
+    def start(self, text: torch.Tensor, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the text and visual tokens in reading order, as (hidden, frozen)."""
+
+    def attend(self, block: "Block", hidden: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor: ...
+
+    def settle(self, block: "Block", hidden: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor: ...
+
+    def text(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[number of text tokens, width], in reading order."""
+
+
+class Rotary:
+    """transformers' rotary tables, kept out of the module tree: a `.to(bfloat16)` on the model would round the
+    frequencies themselves, and positions would drift."""
+
+    def __init__(self, config: TextConfig):
+        self.config, self.embedding = config, None
+
+    def __call__(self, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
+        """Tables for `positions` of any shape."""
+        if self.embedding is None:
+            self.embedding = LlamaRotaryEmbedding(config=self.config)
+        if self.embedding.inv_freq.device != positions.device:
+            self.embedding.to(positions.device)
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        cos, sin = self.embedding(like, positions.reshape(1, -1))
+        return cos.view(*positions.shape, cos.shape[-1]), sin.view(*positions.shape, sin.shape[-1])
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """x: [..., H, D]."""
+    cos, sin = (t.unsqueeze(-2) for t in rope)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """The four projections. Which rows meet is the flow's choice."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=config.attention_out_bias)
+
+    def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        return rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
+
+    def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
+        return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, config: TextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = Attention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor, frozen: torch.Tensor, flow: Flow) -> torch.Tensor:
+        # `frozen` is a positional tensor, not part of the flow, so that checkpointing sees its gradient.
+        hidden = flow.attend(self, hidden, frozen)
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return flow.settle(self, hidden, frozen)
+
+
+def run_layers(layers, flow: Flow, text: torch.Tensor, visual: torch.Tensor, states: list | None = None) -> torch.Tensor:
+    """Text rows after the last layer, in reading order. `states` collects them before and after each layer."""
+    hidden, frozen = flow.start(text, visual)
+    for block in layers:
+        if states is not None:
+            states.append(flow.text(hidden))
+        hidden = block(hidden, frozen, flow)
+    return flow.text(hidden)

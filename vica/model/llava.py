@@ -1,0 +1,361 @@
+"""The multimodal model: tower, projector, decoder, and what transformers' generate needs around them."""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from ..errors import ViCAError
+from . import checkpoint
+from .attention import Kernel
+from .cache import ViCACache
+from .config import ViCAConfig
+from .llama import Block, Rotary, run_layers
+from .llama_accel import AccelFlow
+from .llama_mask import MaskFlow
+from .plan import parse_t2v_layers
+from .projector import build_projector
+from .tokens import Tokens, check_image_count, expand
+from .vision import VisionTower
+
+FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
+IGNORE = -100
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+class ViCAPreTrainedModel(PreTrainedModel):
+    config_class = ViCAConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+
+class ViCAModel(ViCAPreTrainedModel):
+    """Ids and image features to text hidden states, by the variant that `config.variant` names at the time."""
+
+    def __init__(self, config: ViCAConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(Block(text, i) for i in range(text.num_hidden_layers))
+        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.rotary = Rotary(text)
+        if config.vision_config is not None:
+            self.vision_tower = VisionTower(
+                config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
+            )
+        if config.mm_hidden_size is not None:
+            self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, text.hidden_size)
+        self.kernel_name: str | None = None  # a kernel of attention.py by name; None: the best for the device
+        self.post_init()
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] to projected features [N, tokens, width]: all that the language model sees of an image."""
+        if not hasattr(self, "vision_tower"):
+            raise ViCAError("this model has no vision tower (vision_config is None): give image_features instead")
+        return self.mm_projector(self.vision_tower(pixel_values))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_features: list[torch.Tensor] | None = None,
+        cache: ViCACache | None = None,
+        states: list | None = None,
+    ) -> tuple[torch.Tensor, Tokens]:
+        """Normed hidden states of the call's text tokens, [text, width] in reading order, and where they stand."""
+        ids = input_ids.cpu().numpy()
+        features = self._checked_features(image_features)
+        if features:
+            self.config.require_layers()
+        if cache is not None:
+            cache.open(len(ids), self.config.variant)
+        valid = new_columns(attention_mask, cache, ids.shape)
+        tokens = expand(
+            ids,
+            valid,
+            [len(x) for x in features],
+            self.config.image_token_index,
+            *((cache.next_pos, cache.seen_image) if cache is not None else ()),
+        )
+        self._check_vocabulary(ids, valid)
+        if cache is not None:
+            self._replay_prefixes(tokens, cache)
+        visual = torch.cat(features) if features else self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
+        hidden = self._run(tokens, input_ids, visual, cache, states)
+        if cache is not None:
+            cache.enter(tokens, ids, valid)
+        return self.norm(hidden), tokens
+
+    def _run(self, tokens: Tokens, input_ids, visual, cache, states=None) -> torch.Tensor:
+        kernel = Kernel(self.kernel_name, self.config._attn_implementation)
+        device = self.embed_tokens.weight.device
+        flow = FLOWS[self.config.variant](self.config.plan, tokens, self.rotary, cache, device, kernel)
+        at = text_columns(tokens, input_ids.device)
+        text = self.embed_tokens(input_ids.flatten()[at].to(device))
+        return run_layers(self.layers, flow, text, visual.to(text), states)
+
+    def _checked_features(self, image_features) -> list[torch.Tensor]:
+        width = self.embed_tokens.embedding_dim
+        features = list(image_features) if image_features is not None else []
+        for i, x in enumerate(features):
+            if x.dim() != 2 or x.shape[1] != width:
+                raise ViCAError(f"image_features[{i}] is {list(x.shape)}; it must be [tokens, {width}], already projected")
+        return features
+
+    def _check_vocabulary(self, ids: np.ndarray, valid: np.ndarray) -> None:
+        text = ids[valid & (ids != self.config.image_token_index)]
+        wrong = text[(text < 0) | (text >= self.embed_tokens.num_embeddings)]
+        if len(wrong):
+            raise ViCAError(
+                f"input_ids hold {wrong[0]}; ids are 0 to {self.embed_tokens.num_embeddings - 1}, "
+                f"and {self.config.image_token_index} for an image"
+            )
+
+    def _replay_prefixes(self, tokens: Tokens, cache: ViCACache) -> None:
+        """Text that went before a row's first image is prefix, but it was computed as plain text while no image was
+        in sight. Where the plan freezes prefixes, its K/V are made again, so that pieces equal the whole."""
+        first_image = np.bincount(tokens.row[tokens.visual], minlength=tokens.batch) > 0
+        rows = first_image & ~cache.seen_image & cache.valid.any(1)
+        if not rows.any() or all(p.prefix_attends for p in self.config.plan):
+            return
+        valid = cache.valid & rows[:, None]
+        past = expand(cache.ids, valid, [], self.config.image_token_index)
+        past.prefix[:] = True
+        scratch = ViCACache(len(self.layers))
+        scratch.open(len(rows), self.config.variant)
+        ids = torch.from_numpy(cache.ids).to(self.embed_tokens.weight.device)
+        self._run(past, ids, self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim), scratch)
+        cache.replace_rows(scratch, np.nonzero(rows)[0])
+
+
+def text_columns(tokens: Tokens, device) -> torch.Tensor:
+    """Where the text tokens stand in a flattened [B, T]."""
+    text = ~tokens.visual
+    return torch.from_numpy(tokens.row[text] * tokens.columns + tokens.column[text]).to(device)
+
+
+def new_columns(attention_mask: torch.Tensor | None, cache: ViCACache | None, shape: tuple[int, int]) -> np.ndarray:
+    """The call's own columns of the mask, [B, T] bool."""
+    if attention_mask is None:
+        return np.ones(shape, bool)
+    past = cache.get_seq_length() if cache is not None else 0
+    expected = (shape[0], past + shape[1])
+    if tuple(attention_mask.shape) != expected:
+        raise ViCAError(
+            f"attention_mask is {list(attention_mask.shape)}; it must have a column for each id so far, {list(expected)}"
+        )
+    return attention_mask[:, past:].cpu().numpy() != 0
+
+
+class ViCAForConditionalGeneration(ViCAPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ViCAConfig):
+        super().__init__(config)
+        self.model = ViCAModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo,
+        *args,
+        config=None,
+        variant: str | None = None,
+        t2v_layers=None,
+        freeze_prefix=None,
+        recipe=None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """Any layout of checkpoint.py. `variant` is ViCA's (accel, mask, dense); further arguments are transformers'
+        own (dtype, device_map, quantization_config, attn_implementation, ...)."""
+        if path_or_repo is None:  # transformers' way of building from a state dict
+            return super().from_pretrained(None, *args, config=config, output_loading_info=output_loading_info, **kwargs)
+        hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        folder = checkpoint.find_folder(path_or_repo, **{k: v for k, v in hub.items() if v is not None})
+        settings = dict(variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe)
+        if config is None:
+            config = checkpoint.read_config(folder, **settings)
+        else:
+            config = checkpoint.apply_settings(copy.deepcopy(config), **settings)
+        weights = checkpoint.read_checkpoint(cls, folder, config)
+        model, info = super().from_pretrained(
+            None, *args, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
+        if left := {k: v for k, v in info.items() if v}:
+            raise ViCAError(f"the weights of {folder} did not load whole: {left}")
+        model.config.name_or_path = str(path_or_repo)
+        model.generation_config = checkpoint.generation_config(folder) or model.generation_config
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, max_shard_size=checkpoint.SHARD_SIZE, **kwargs):
+        """Our layout: LLaVA's names and flat config.json, with the wiring and the tower inside."""
+        return super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
+
+    def load_projector(self, path) -> None:
+        checkpoint.load_projector(self, path)
+
+    def set_variant(self, variant: str | None = None, t2v_layers=None, freeze_prefix=None) -> None:
+        """Rewires the model in place: the weights are the same for every variant."""
+        config = self.config
+        before = (config.variant, config.t2v_layers, config.freeze_prefix)
+        config.variant = config.variant if variant is None else variant
+        if t2v_layers is not None:
+            config.t2v_layers = parse_t2v_layers(t2v_layers, config.text_config.num_hidden_layers)
+        config.freeze_prefix = config.freeze_prefix if freeze_prefix is None else freeze_prefix
+        try:
+            config.check()
+            config.require_layers()
+        except ViCAError:
+            config.variant, config.t2v_layers, config.freeze_prefix = before
+            raise
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_images(pixel_values)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: list[torch.Tensor] | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: ViCACache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """`logits` is [B, T, vocab] row for row with `input_ids`, zero at placeholders and padding; with
+        `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands."""
+        if pixel_values is not None and image_features is not None:
+            raise ViCAError("give pixel_values or image_features, not both")
+        if pixel_values is not None:
+            image_features = self.model.encode_images(pixel_values.to(self.device))
+        cache = self._cache_for(past_key_values, use_cache)
+        states = [] if output_hidden_states else None
+        hidden, tokens = self.model(input_ids, attention_mask, image_features, cache, states)
+
+        if logits_to_keep == 1:
+            logits = self.lm_head(last_rows(hidden, tokens))
+        else:
+            logits = self.lm_head(unpack(hidden, tokens))[:, -logits_to_keep:]
+        loss = None if labels is None else self._loss(logits, labels, tokens, num_items_in_batch)
+        if states is not None:
+            states = tuple(unpack(x, tokens) for x in [*states, hidden])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _cache_for(self, cache, use_cache: bool | None) -> ViCACache | None:
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.text_config.use_cache and not self.training)
+        if not use_cache:
+            return None
+        if cache is None:
+            return ViCACache(self.config.text_config.num_hidden_layers)
+        if not isinstance(cache, ViCACache):
+            raise ViCAError(f"past_key_values is a {type(cache).__name__}; it must be one that a call of this model returned")
+        return cache
+
+    def _loss(self, logits, labels, tokens: Tokens, num_items) -> torch.Tensor:
+        """Next-token loss where both the row and its target are text: placeholders and padding carry none."""
+        is_text = torch.zeros(tokens.batch * tokens.columns, dtype=torch.bool, device=logits.device)
+        is_text[text_columns(tokens, logits.device)] = True
+        is_text = is_text.view(tokens.batch, tokens.columns)
+        targets = labels.to(logits.device)[:, 1:].masked_fill(~(is_text[:, 1:] & is_text[:, :-1]), IGNORE)
+        flat = logits[:, :-1].float().flatten(0, 1)
+        total = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        count = num_items if num_items is not None else (targets != IGNORE).sum().clamp(min=1)
+        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+    # --- generate ---
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ViCAError(f"cache_implementation {generation_config.cache_implementation!r} is not supported")
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = ViCACache(self.config.text_config.num_hidden_layers)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams share an image's features: encoded once here, listed once for every copy of their row."""
+        pixel_values, features = model_kwargs.get("pixel_values"), model_kwargs.get("image_features")
+        if expand_size > 1 and (pixel_values is not None or features is not None):
+            features = self.model.encode_images(pixel_values.to(self.device)) if features is None else features
+            per_row = (input_ids == self.config.image_token_index).sum(1).tolist()
+            model_kwargs |= {"pixel_values": None, "image_features": repeat_by_row(list(features), per_row, expand_size)}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+        for name in ("pixel_values", "image_features"):
+            images = kwargs.get(name)
+            if images is not None:
+                inputs[name] = self._images_of_new_columns(input_ids, inputs["input_ids"], images)
+        return inputs
+
+    def _images_of_new_columns(self, all_ids, new_ids, images):
+        """The whole conversation's images may be given again with a cache that holds the first of them."""
+        is_image = all_ids == self.config.image_token_index
+        new = int((new_ids == self.config.image_token_index).sum())
+        if new == 0:
+            return None
+        if len(images) == new or len(images) != int(is_image.sum()):
+            return images
+        columns = torch.arange(all_ids.shape[1], device=all_ids.device) >= all_ids.shape[1] - new_ids.shape[1]
+        keep = columns.expand_as(is_image)[is_image].nonzero().flatten().tolist()
+        return images[keep] if isinstance(images, torch.Tensor) else [images[i] for i in keep]
+
+    def _get_logits_processor(self, *args, **kwargs):
+        """Processors such as the repetition penalty index the vocabulary by input_ids, which a placeholder is not in."""
+        return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
+
+
+class TextOnlyProcessors(LogitsProcessorList):
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids.clamp(min=0), scores, **kwargs)
+
+
+def repeat_by_row(items: list, per_row: list[int], times: int) -> list:
+    """[row a's items, row b's items] to [a's, a's again, ..., b's, b's again, ...]."""
+    check_image_count(sum(per_row), len(items))
+    repeated, start = [], 0
+    for count in per_row:
+        repeated += items[start : start + count] * times
+        start += count
+    return repeated
+
+
+def unpack(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Text rows to [B, T, width], zero where no text stands."""
+    if len(hidden) == tokens.batch * tokens.columns:
+        return hidden.view(tokens.batch, tokens.columns, -1)
+    flat = hidden.new_zeros(tokens.batch * tokens.columns, hidden.shape[-1])
+    return flat.index_copy(0, text_columns(tokens, hidden.device), hidden).view(tokens.batch, tokens.columns, -1)
+
+
+def last_rows(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """[B, 1, width]: what the next token of each row is predicted from."""
+    last = np.searchsorted(tokens.row, np.arange(tokens.batch), side="right") - 1
+    dead = np.nonzero((last < 0) | (tokens.row[last] != np.arange(tokens.batch)) | tokens.visual[last])[0]
+    if len(dead):
+        raise ViCAError(f"row {dead[0]} ends with an image (or is empty): the next token needs a text token to follow")
+    rank = np.cumsum(~tokens.visual) - 1
+    return hidden[torch.from_numpy(rank[last]).to(hidden.device)].unsqueeze(1)
