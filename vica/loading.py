@@ -4,9 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from .data.processor import ViCAProcessor
+from .data.processor import ViCAProcessor, load_tokenizer
 from .errors import ViCAError
 from .model import checkpoint
 from .model.config import ViCAConfig
@@ -48,7 +46,7 @@ def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
         log.warning("%s holds no tokenizer: the model comes without a processor", folder)
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:  # whatever a broken file makes the tokenizers library raise
         raise ViCAError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
     return ViCAProcessor.from_config(config, tokenizer)

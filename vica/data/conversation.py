@@ -63,7 +63,7 @@ def _plain_layout(system: str, texts: Sequence[str]) -> str:
     """A question alone ends in a newline; with its answer it is what LLaVA's first training stage reads, where
     nothing stands between image and caption: "<image>caption\\n"."""
     if len(texts) > 2:
-        raise ViCAError(f"template plain holds one question and one answer, got {len(texts)} turns")
+        raise ViCAError("template plain holds one question and one answer, not a chat of several turns")
     return f"{system}{''.join(texts)}\n" if any(texts) else system
 
 

@@ -21,7 +21,7 @@ _SHOWN_CHARACTERS = 120
 
 
 def load_image(source) -> Image.Image:
-    """`source`: a path, an http(s) or base64 data URL, bytes, a binary file, a PIL image, or a uint8 array [H, W, 3]."""
+    """`source`: a path, an http(s) or base64 data URL, bytes, a binary file, a PIL image or uint8 array [H, W, 3]."""
     name = _describe(source)
     try:
         image = _open(source, name)

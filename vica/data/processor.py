@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BatchFeature,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -203,7 +210,9 @@ class ViCAProcessor(ProcessorMixin):
     def batch_decode(self, sequences, **kwargs) -> list[str]:
         return self.tokenizer.batch_decode(_drop_negative(sequences), **kwargs)
 
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     @property
@@ -232,11 +241,13 @@ def tokenize_prompt(
 def load_tokenizer(path_or_repo: str | os.PathLike, **hub_options) -> PreTrainedTokenizerBase:
     """AutoTokenizer, with LLaVA's token ids for Llama tokenizers."""
     written = get_tokenizer_config(path_or_repo, **hub_options)
-    is_llama = written.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-    # transformers 4 reads a missing "legacy" as true, 5 as false; only 5 writes "backend".
-    if is_llama and written.get("legacy") is None and "backend" not in written:
-        hub_options["legacy"] = True
-    return restore_llama_spacing(AutoTokenizer.from_pretrained(path_or_repo, **hub_options))
+    options = dict(hub_options)
+    if written.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        options["config"] = LlamaConfig()  # the folder's own model_type might choose another class
+        # transformers 4 reads a missing "legacy" as true, 5 as false; only 5 writes "backend".
+        if written.get("legacy") is None and "backend" not in written:
+            options["legacy"] = True
+    return restore_llama_spacing(AutoTokenizer.from_pretrained(path_or_repo, **options))
 
 
 def restore_llama_spacing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -361,7 +372,9 @@ def _flatten(images, prompts: list[str] | None) -> list:
         raise ViCAError(f"{len(marks)} texts were given, but {len(rows)} lists of images")
     for place, row in enumerate(rows):
         if marks is not None and marks[place] != len(row):
-            raise ViCAError(f"text {place} has {marks[place]} {IMAGE_MARK} marks, but {len(row)} images were given for it")
+            raise ViCAError(
+                f"text {place} has {marks[place]} {IMAGE_MARK} marks, but {len(row)} images were given for it"
+            )
     return [image for row in rows for image in row]
 
 
@@ -416,14 +429,15 @@ def _image_source(part: Mapping):
 
 def _sources_or_none(images: list[list]) -> list[list] | None:
     """None where the messages hold no image but placeholders: then the caller brings features."""
-    missing = [source is None for row in images for source in row]
-    if missing and not all(missing):
+    given = [source is not None for row in images for source in row]
+    if any(given) and not all(given):
         raise ViCAError(f"an image part names no source; give one of {', '.join(_SOURCE_KEYS)}")
-    return None if not missing or all(missing) else images
+    return images if any(given) else None
 
 
 def _drop_negative(ids):
     """Token ids, one row or several, without the image placeholders and ignored labels that no tokenizer can decode."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(ids, int):
         return ids
     values = [one.tolist() if hasattr(one, "tolist") else one for one in ids]

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the project into it, once. Sourced by the other scripts: setup_venv [EXTRA]
+# PYTHON chooses the interpreter. Installs again only when pyproject.toml or constraints.txt changed.
+
+setup_venv() {
+    local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "Python 3.10 or newer is needed; set PYTHON to one (found: $("$python" --version 2>&1 || true))" >&2
+        return 1
+    fi
+    stamp=".venv/installed${extra:+-$extra}"
+    wanted="$(cat pyproject.toml constraints.txt | cksum) $(pwd)"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        return 0
+    fi
+    echo "Setting up .venv (the first time takes some minutes) ..." >&2
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # torch goes first and alone: nothing that comes later may choose another build of it.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+        --editable ".${extra:+[$extra]}"
+    echo "$wanted" > "$stamp"
+}

@@ -1,0 +1,163 @@
+"""Half precision against float32: how far mask and accel stray, kernel by kernel.
+
+    python -m vica.bench.precision --layers 4 32 --dtype bfloat16 float16 --markdown out.md
+
+Random weights of LLaVA-1.5-7B's width. The reference is mask in float32 on the same (rounded) weights, so that only
+arithmetic differs. Error is ||x - ref|| / ||ref|| over the text logits; accel is held to 1.25 times mask's own.
+"""
+
+import argparse
+import math
+import platform
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import torch
+import transformers
+
+from ..model.config import ViCAConfig
+from ..model.llava import ViCAForConditionalGeneration
+
+BOUND = 1.25
+IMAGE = -200
+SEVEN_B = dict(hidden_size=4096, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)
+T2V_LAYERS = [0, 1, 7, 8, 9, 10, 11, 14]
+# Rows as (tokens before, image sizes each followed by text). "ragged" mixes lengths, sizes, counts and a text row.
+LAYOUTS = {
+    "uniform": [(35, [(576, 25)])] * 4,
+    "ragged": [(35, [(576, 25)]), (12, [(576, 3), (144, 60)]), (0, [(576, 90)]), (70, [])],
+}
+
+
+def build(layers: int, device, dtype) -> ViCAForConditionalGeneration:
+    t2v = [x for x in T2V_LAYERS if x < layers] if layers > 8 else [0, layers // 2]
+    config = ViCAConfig(
+        text_config=dict(SEVEN_B, num_hidden_layers=layers, max_position_embeddings=4096), t2v_layers=t2v
+    )
+    with torch.device("meta"):
+        model = ViCAForConditionalGeneration(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0, 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5)
+    return model
+
+
+def make_inputs(layout, width: int, device) -> dict:
+    random = torch.Generator().manual_seed(1)
+    rows, features = [], []
+    for before, images in layout:
+        row = torch.randint(3, 32000, (before,), generator=random).tolist()
+        for size, after in images:
+            row += [IMAGE, *torch.randint(3, 32000, (after,), generator=random).tolist()]
+            features.append((torch.randn(size, width, generator=random) * 0.8).to(device))
+        rows.append(row)
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    return dict(input_ids=ids.to(device), attention_mask=mask.to(device), image_features=features)
+
+
+@torch.no_grad()
+def text_logits(model, inputs, variant: str, kernel: str | None) -> torch.Tensor:
+    model.set_variant(variant)
+    model.model.kernel_name = kernel
+    features = [x.to(model.dtype) for x in inputs["image_features"]]
+    logits = model(inputs["input_ids"], inputs["attention_mask"], image_features=features, use_cache=False).logits
+    text = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != IMAGE)
+    return logits[text].float()
+
+
+def gradients(model, inputs, variant: str, kernel: str | None) -> torch.Tensor:
+    """All gradients that reach the image features, as one vector."""
+    model.set_variant(variant)
+    model.model.kernel_name = kernel
+    features = [x.to(model.dtype).requires_grad_() for x in inputs["image_features"]]
+    labels = inputs["input_ids"]
+    model(inputs["input_ids"], inputs["attention_mask"], image_features=features, labels=labels).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return torch.cat([x.grad.flatten() for x in features]).float()
+
+
+def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+def runs() -> list[tuple[str, str]]:
+    """(variant, kernel), mask first."""
+    kernels = ["sdpa", "varlen"] if torch.cuda.is_available() else ["sdpa"]
+    kernels += ["flash_attn"] if find_spec("flash_attn") else []
+    return [("mask", "sdpa"), ("mask", "eager"), *(("accel", k) for k in [*kernels, "eager"])]
+
+
+def compare(layers: int, dtype: torch.dtype, device) -> list[tuple]:
+    model = build(layers, device, dtype)
+    inputs = {name: make_inputs(layout, SEVEN_B["hidden_size"], device) for name, layout in LAYOUTS.items()}
+    half = {(n, r): text_logits(model, x, *r) for n, x in inputs.items() for r in runs()}
+    half_grads = {r: gradients(model, inputs["ragged"], *r) for r in runs()} if layers <= 8 else {}
+    model = model.float()
+    rows = []
+    for name, x in inputs.items():
+        reference = text_logits(model, x, "mask", "sdpa")
+        own = relative(half[name, ("mask", "sdpa")], reference)
+        for run in runs():
+            logits = half[name, run]
+            agree = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+            rows.append((layers, dtype, name, "logits", *run, relative(logits, reference), own, agree))
+    if half_grads:
+        reference = gradients(model, inputs["ragged"], "mask", "sdpa")
+        own = relative(half_grads["mask", "sdpa"], reference)
+        for run, grad in half_grads.items():
+            rows.append((layers, dtype, "ragged", "gradient", *run, relative(grad, reference), own, None))
+    return rows
+
+
+def render(rows: list[tuple]) -> str:
+    lines = ["| layers | dtype | batch | of | variant | kernel | error | times mask's | greedy agreement |", "|" + "---|" * 9]
+    for layers, dtype, batch, what, variant, kernel, error, own, agree in rows:
+        greedy = "" if agree is None else f"{100 * agree:.1f}%"
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"| {layers} | {name} | {batch} | {what} | {variant} | {kernel} | {error:.3e} | {error / own:.3f} | {greedy} |")
+    return "\n".join(lines)
+
+
+def git_commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def header(commit: str) -> str:
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    command = "python -m vica.bench.precision " + " ".join(sys.argv[1:])
+    return (
+        f"# Precision\n\n{__doc__.split(chr(10) * 2, 2)[2]}\n- command: `{command}`\n- commit: {commit or 'unknown'}\n"
+        f"- hardware: {card}\n- torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 32])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float16"], choices=["bfloat16", "float16"])
+    parser.add_argument("--commit", help="where the code is no git checkout: what commit it is of")
+    parser.add_argument("--markdown", help="write the report here too")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [row for n in args.layers for d in args.dtype for row in compare(n, getattr(torch, d), device)]
+    ratios = [row[6] / row[7] for row in rows if row[4] == "accel"]
+    worst = max(ratios, key=lambda x: math.inf if math.isnan(x) else x)
+    report = f"{header(args.commit or git_commit())}\n{render(rows)}\n\nLargest error of accel: {worst:.3f} times mask's own (bound {BOUND}).\n"
+    print(report)
+    if args.markdown:
+        with open(args.markdown, "w", encoding="utf-8") as file:
+            file.write(report)
+    return 0 if worst <= BOUND else 1  # NaN fails
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The `vica` program: one file a verb."""

@@ -1,0 +1,87 @@
+"""Arguments and steps that several verbs share."""
+
+import argparse
+import json
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..errors import ViCAError
+from ..loading import load
+from ..model.llava import ViCAForConditionalGeneration
+from ..model.plan import VARIANTS
+from ..data.processor import ViCAProcessor
+
+
+def add_wiring(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("wiring (default: as the checkpoint says)")
+    group.add_argument("--variant", choices=VARIANTS)
+    group.add_argument("--t2v-layers", metavar="LIST", help='a JSON list such as "[0,1,7,8]"; goes before T2V_LAYERS')
+    group.add_argument("--freeze-prefix", metavar="RULE", help="true, false, or the first layer that freezes it")
+    group.add_argument("--config", metavar="FILE", help="a file of configs/: layers and prefix rule of a published model")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder or hub repository")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--dtype", help="float32, float16, bfloat16 (default: the checkpoint's)")
+    add_wiring(parser)
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--template", metavar="NAME", help="prompt template (default: the checkpoint's)")
+    group.add_argument("--image-mode", metavar="MODE", help="pad, resize or crop (default: the checkpoint's)")
+
+
+def wiring(args: argparse.Namespace) -> dict:
+    return dict(
+        variant=args.variant, t2v_layers=args.t2v_layers, freeze_prefix=prefix_rule(args.freeze_prefix), recipe=args.config
+    )
+
+
+def prefix_rule(value: str | None) -> bool | int | None:
+    if value is None:
+        return None
+    try:
+        rule = json.loads(value.lower())
+    except ValueError:
+        rule = None
+    if not isinstance(rule, int):
+        raise ViCAError(f"--freeze-prefix is {value!r}; it must be true, false or a layer number")
+    return rule
+
+
+def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model, processor = load(args.model, device=args.device, dtype=args.dtype, **wiring(args))
+    if processor is None:
+        raise ViCAError(f"{args.model} holds no tokenizer, so it cannot be asked anything")
+    changes = dict(conversation=args.template, image_mode=args.image_mode)
+    if any(changes.values()):
+        processor = ViCAProcessor(
+            processor.image_processor,
+            processor.tokenizer,
+            conversation=args.template or processor.conversation,
+            image_mode=args.image_mode or processor.image_mode,
+            image_token_index=processor.image_token_index,
+        )
+    torch.manual_seed(args.seed)
+    return model, processor
+
+
+def generation_options(args: argparse.Namespace, processor: ViCAProcessor) -> dict:
+    if args.max_new_tokens < 1:
+        raise ViCAError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ViCAError(f"--temperature is {args.temperature} and --top-p {args.top_p}; at least 0, and from 0 to 1")
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = dict(max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, pad_token_id=pad, num_beams=1)
+    sampling = dict(temperature=args.temperature, top_p=args.top_p) if args.temperature > 0 else {}
+    return {**options, "temperature": None, "top_p": None, "top_k": None, **sampling}

@@ -1,0 +1,70 @@
+"""Show a checkpoint's wiring and what an image costs in it."""
+
+import torch
+
+from ..bench.flops import dense, kv_bytes, visual_flops, visual_tokens
+from ..errors import ViCAError
+from ..model import checkpoint
+from ..model.config import ViCAConfig
+from ..model.llava import ViCAForConditionalGeneration
+from . import common
+
+PREFIX = 35  # tokens before the image in LLaVA's v1 prompt
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="M", help="checkpoint folder or hub repository; only its config.json is read")
+    common.add_wiring(parser)
+
+
+def run(args) -> None:
+    config = read(args)
+    print("\n".join(f"{name:<14}{value}" for name, value in describe(config)))
+
+
+def read(args) -> ViCAConfig:
+    folder, settings = checkpoint.find_folder(args.model), common.wiring(args)
+    try:
+        return checkpoint.read_config(folder, **settings)
+    except ViCAError as error:
+        if args.variant or args.t2v_layers or "needs t2v_layers" not in str(error):
+            raise
+        print(f"note: {error}; shown as dense")
+        return checkpoint.read_config(folder, **{**settings, "variant": "dense"})
+
+
+def describe(config: ViCAConfig) -> list[tuple[str, str]]:
+    text, plan = config.text_config, config.plan
+    with torch.device("meta"):
+        model = ViCAForConditionalGeneration(config)
+    parts = {
+        "language": [*model.model.layers.parameters(), *model.model.embed_tokens.parameters(), *model.lm_head.parameters()],
+        "tower": [p for n, p in model.named_parameters() if "vision_tower" in n],
+        "projector": [p for n, p in model.named_parameters() if "mm_projector" in n],
+    }
+    visual = visual_tokens(config)
+    ours, full = visual_flops(config, visual, PREFIX), visual_flops(dense(config), visual, PREFIX)
+    image_token, text_token = kv_bytes(config)
+    lines = [
+        ("variant", config.variant),
+        ("backbone", f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads "
+                     f"({text.num_key_value_heads} for keys), vocabulary {text.vocab_size}"),
+        ("text sees", marks(p.text_sees_visual for p in plan) + f"  {sum(p.text_sees_visual for p in plan)} layers"),
+        ("prefix", marks(p.prefix_attends for p in plan) + "  attends where marked"),
+        ("parameters", ", ".join(f"{name} {count(ps):,}" for name, ps in parts.items() if ps)),
+    ]  # fmt: skip
+    if visual:
+        lines += [
+            ("an image", f"{visual} visual tokens"),
+            ("visual FLOPs", f"{ours:.3g} of {full:.3g} dense ({100 * ours / full:.1f}%)"),
+            ("KV bytes", f"{image_token * visual:,} an image, {text_token:,} a text token (16 bit)"),
+        ]
+    return lines
+
+
+def marks(flags) -> str:
+    return "".join("█" if x else "·" for x in flags)
+
+
+def count(parameters) -> int:
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values())

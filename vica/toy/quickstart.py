@@ -1,0 +1,98 @@
+"""The main job on what the repository holds: one picture, one question, three variants, one table."""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..bench.flops import kv_bytes, visual_flops, visual_tokens
+from ..data.images import load_image
+from ..errors import ViCAError
+from ..loading import load
+from .model import save
+
+PICTURE = Path(__file__).parents[2] / "playground" / "toy" / "picture.png"
+COLUMNS = ("variant", "same tokens as mask", "largest logit difference", "prefill ms", "answer ms", "visual FLOPs", "KV bytes, image", "KV bytes, text token")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image", default=str(PICTURE))
+    parser.add_argument("--question", default="What is in the picture?")
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        picture = load_image(args.image)
+        with tempfile.TemporaryDirectory() as folder:
+            model, processor = load(save(Path(folder) / "toy"), device="cpu")
+    except ViCAError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 1
+    report(model, processor, picture, args)
+    return 0
+
+
+def report(model, processor, picture, args) -> None:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    config = model.config
+    print(f"A small model ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, T2V layers {config.t2v_layers} "
+          f"of {config.text_config.num_hidden_layers}) with RANDOM weights: its answers mean nothing, its arithmetic does.")  # fmt: skip
+    print(f"Picture {Path(args.image).name}: {visual_tokens(config)} visual tokens. Question: {args.question}\n")
+    runs = {variant: measure(model, inputs, variant, args.max_new_tokens) for variant in ("mask", "accel", "dense")}
+    print_table([COLUMNS, *(table_row(model, variant, run, runs["mask"]) for variant, run in runs.items())])
+    answer = processor.decode(runs["accel"]["tokens"], skip_special_tokens=True)
+    print(f"\naccel answers: {answer!r}")
+    print("mask and accel are one function; dense is plain LLaVA, another function of the same weights.")
+
+
+@torch.inference_mode()
+def measure(model, inputs, variant: str, new_tokens: int, repeats: int = 5) -> dict:
+    model.set_variant(variant)
+    features = list(model.get_image_features(inputs["pixel_values"]))  # the tower costs every variant the same
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "image_features": features}
+    times = []
+    for _ in range(repeats + 1):  # the first warms up
+        start = time.perf_counter()
+        logits = model(**inputs, use_cache=True).logits
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=3)
+    answer = time.perf_counter() - start
+    tokens = out[0, inputs["input_ids"].shape[1] :]
+    return dict(logits=logits, tokens=tokens, prefill=sorted(times[1:])[repeats // 2], answer=answer)
+
+
+def table_row(model, variant: str, run: dict, referee: dict) -> tuple[str, ...]:
+    model.set_variant(variant)
+    visual = visual_tokens(model.config)
+    image_token, text_token = kv_bytes(model.config, bytes_each=model.dtype.itemsize)
+    if variant == "mask":  # computes and keeps all, to be the plain referee; what it stands for is accel's cost
+        compared, cost = ("-", "-"), ("as dense, then masked", "as dense")
+    else:
+        same = "yes" if torch.equal(run["tokens"], referee["tokens"]) else "no"
+        compared = (same, f"{(run['logits'] - referee['logits']).abs().max():.1e}")
+        cost = (f"{visual_flops(model.config, visual):.2e}", f"{image_token * visual:,}")
+    if variant == "dense":
+        compared = ("another function", "-")
+    return (variant, *compared, f"{1000 * run['prefill']:.1f}", f"{1000 * run['answer']:.0f}", *cost, f"{text_token:,}")
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for n, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if n == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
