@@ -9,11 +9,17 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import vica
-from tests.builders import VOCAB, assert_close, image, tiny_model, tiny_vision, Row, batch
+from tests.builders import VOCAB, Row, assert_close, batch, image, tiny_model, tiny_vision
 from vica.model import checkpoint
 
 LAYERS = [0, 2]

@@ -139,9 +139,18 @@ def test_broken_data_urls():
     assert "must read data:image/<type>;base64" in complaint("data:image/png,abc")
     assert "must read data:image/<type>;base64" in complaint("data:image/png;base64")
     assert "its base64 content is broken" in complaint("data:image/png;base64,a")
+    assert "its base64 content is broken" in complaint("data:image/png;base64,abc$d")
     message = complaint("data:image/png;base64," + base64.b64encode(b"no image" * 1000).decode())
     assert message.startswith("image 'data:image/png;base64,bm8ga")
     assert message.endswith("...: not an image in a format that Pillow reads")
+
+
+def test_a_source_that_fails_in_several_lines():
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise OSError("the disk\nis gone")
+
+    assert complaint(Failing()) == "image of type Failing: cannot be read (the disk is gone)"
 
 
 def test_arrays_of_another_shape_or_type():

@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -27,14 +28,15 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.pipelines import ImageTextToTextPipeline
 
 from vica.data.conversation import VICUNA_SYSTEM, get_template
-from vica.data.processor import ViCAProcessor, load_tokenizer, tokenize_prompt
+from vica.data.processor import ViCAProcessor
+from vica.data.tokenizer import load_tokenizer, tokenize_prompt
 from vica.errors import ViCAError
 
 CORPUS = (
     f"{VICUNA_SYSTEM}\nUSER: What is in the image? ASSISTANT: A red square stands left of a blue circle.\n"
     "USER: How many shapes are there? Answer the question using a single word or phrase. ASSISTANT: 3\n"
     "The quick brown fox jumps over the lazy dog. Is the cat on the mat? Yes, it is on the mat.\n"
-).splitlines() * 20 + [f"There are {n} birds and {n * 7} trees in picture {n}." for n in range(60)]
+).splitlines() * 20 + [f"There are {n} birds and {n * 7} trees in picture {n}.{' ' * (n % 12)}the" for n in range(240)]
 BOS, EOS, IMAGE = 1, 2, -200
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -61,7 +63,12 @@ def sentencepiece_model(tmp_path_factory) -> bytes:
         pad_id=-1,
         minloglevel=2,
     )
-    return prefix.with_suffix(".model").read_bytes()
+    proto = sentencepiece_model_pb2.ModelProto.FromString(prefix.with_suffix(".model").read_bytes())
+    runs_of_spaces = [piece for piece in proto.pieces if set(piece.piece) == {"\u2581"}]
+    assert len(runs_of_spaces) > 3
+    for piece in runs_of_spaces:  # as in Llama's vocabulary, where they keep their low ids
+        piece.score = -1e9
+    return proto.SerializeToString()
 
 
 def added_token(content: str, **more) -> dict:
@@ -154,6 +161,8 @@ PROMPTS = [
     "<image><image>\n\n<image> ",
     " leading",
     "  two spaces",
+    "def f(x):\n    the\n         a  the   a",
+    *(f"a{' ' * length}the" for length in range(1, 20)),
     " ",
     "\n",
     "a  b   c ",
@@ -184,6 +193,7 @@ FRAGMENTS = [
 @pytest.mark.parametrize("legacy", [True, False, None])
 def test_ids_are_those_of_llavas_slow_tokenizer(folders, sentencepiece_model, legacy, kind, tmp_path):
     tokenizer = load_tokenizer(folders[legacy, kind])
+    assert type(tokenizer) is LlamaTokenizer
     rule = legacy is not False  # transformers 4, which wrote these folders, took a missing "legacy" for true
     expected = [llava_ids(sentencepiece_model, prompt, rule) for prompt in PROMPTS]
     assert [tokenize_prompt(prompt, tokenizer) for prompt in PROMPTS] == expected
@@ -198,6 +208,13 @@ def test_a_tokenizer_loaded_by_others_is_set_right(folders, sentencepiece_model,
     processor = ViCAProcessor(tokenizer=AutoTokenizer.from_pretrained(folders[legacy, kind]))
     for prompt in PROMPTS:
         assert processor.tokenize(prompt) == llava_ids(sentencepiece_model, prompt, legacy)
+
+
+def test_what_transformers_5_wrote_without_legacy_is_not_legacy(folders, sentencepiece_model, tmp_path):
+    AutoTokenizer.from_pretrained(folders[False, None]).save_pretrained(tmp_path)
+    assert "legacy" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ids = tokenize_prompt("3</s>USER", load_tokenizer(tmp_path))
+    assert ids == llava_ids(sentencepiece_model, "3</s>USER", legacy=False)
 
 
 @pytest.fixture(scope="session")
@@ -223,6 +240,8 @@ def test_prefix_space_goes_where_the_slow_tokenizer_puts_it(both_rules):
 def test_bos_only_where_the_tokenizer_writes_one(tmp_path, sentencepiece_model, tokenizer):
     without = load_tokenizer(llava_folder(tmp_path / "no_bos", sentencepiece_model, False, add_bos_token=False))
     prompt = "a <image>\nb"
+    assert tokenize_prompt(prompt, without) == tokenize_prompt(prompt, tokenizer)[1:]
+    without.add_eos_token = True
     assert tokenize_prompt(prompt, without) == tokenize_prompt(prompt, tokenizer)[1:]
     assert tokenize_prompt(prompt, tokenizer, add_special_tokens=False) == tokenize_prompt(prompt, tokenizer)[1:]
     assert tokenize_prompt("<image>", tokenizer) == [BOS, IMAGE]
@@ -579,6 +598,7 @@ def test_round_trip(folders, sentencepiece_model, tmp_path, loader, legacy):
     clip = CLIPImageProcessorPil(size={"shortest_edge": 14}, crop_size=square(14), image_mean=(0.1, 0.2, 0.3))
     saved = ViCAProcessor(clip, load_tokenizer(folders[legacy, None]), "llama_2", "resize", -300)
     saved.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == sentencepiece_model
     loaded = loader.from_pretrained(tmp_path)
     assert type(loaded) is ViCAProcessor
     assert type(loaded.image_processor) is CLIPImageProcessorPil

@@ -4,7 +4,8 @@ import logging
 import os
 from pathlib import Path
 
-from .data.processor import ViCAProcessor, load_tokenizer
+from .data.processor import ViCAProcessor
+from .data.tokenizer import load_tokenizer
 from .errors import ViCAError
 from .model import checkpoint
 from .model.config import ViCAConfig

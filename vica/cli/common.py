@@ -6,11 +6,11 @@ import json
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ..data.processor import ViCAProcessor
 from ..errors import ViCAError
 from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
 from ..model.plan import VARIANTS
-from ..data.processor import ViCAProcessor
 
 
 def add_wiring(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from vica.errors import ViCAError
+from ..errors import ViCAError
 
 DOWNLOAD_SECONDS = 20
 DOWNLOAD_BYTES = 64 * 2**20
@@ -61,8 +61,6 @@ def _open(source, name: str) -> Image.Image:
     if isinstance(source, str) and source[:5].lower() == "data:":
         return Image.open(BytesIO(_decode_data_url(source, name)))
     if isinstance(source, (str, os.PathLike)):
-        if os.path.isdir(source):  # opening one is another error on each system
-            raise IsADirectoryError
         return Image.open(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return Image.open(BytesIO(source))

@@ -1,42 +1,31 @@
 """Texts and images in, model inputs out: `ViCAProcessor`, a transformers processor with LLaVA's exact rules.
 
-transformers 5 has only the fast Llama tokenizer, while LLaVA was trained with the slow one. The two differ in where
-sentencepiece's prefix space goes, so that token ids would change without a word; `restore_llama_spacing` and
-`tokenize_prompt` give the slow one's ids. Images go through transformers' PIL processors even where torchvision is
-installed, since its kernels give slightly other pixels.
+Token ids are those of LLaVA's slow tokenizer (tokenizer.py). Images go through transformers' PIL processors even where
+torchvision is installed, since its kernels give slightly other pixels.
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import decoders, models, normalizers, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BatchFeature,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import AutoConfig, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from vica.data.conversation import get_template
-from vica.data.images import load_image, pad_to_square
-from vica.errors import ViCAError
+from ..errors import ViCAError
+from .conversation import get_template
+from .images import load_image, pad_to_square
+from .messages import is_batch, read_messages, shorten, sources_or_none
+from .tokenizer import IMAGE_MARK, load_tokenizer, restore_llama_ids, tokenize_prompt
 
-IMAGE_MARK = "<image>"
 IMAGE_MODES = ("pad", "resize", "crop")
 _MODE_OF_ASPECT_RATIO = {"pad": "pad", "resize": "resize", "crop": "crop", "square": "crop", None: "crop"}
 # By the type that transformers saves, which is the same for its PIL and its torchvision backends.
 _PIL_PROCESSORS = {"CLIPImageProcessor": CLIPImageProcessorPil, "SiglipImageProcessor": SiglipImageProcessorPil}
-_SOURCE_KEYS = ("image", "url", "path", "base64")
 _CALL_OPTIONS = ("padding", "padding_side", "return_tensors", "add_special_tokens", "truncation", "max_length")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-_SPACE = "\u2581"  # sentencepiece's visible space
 
 
 class ViCAProcessor(ProcessorMixin):
@@ -62,7 +51,7 @@ class ViCAProcessor(ProcessorMixin):
             raise ViCAError(f"image_mode is {image_mode!r}; it must be one of {', '.join(IMAGE_MODES)}")
         self.chat_template = None
         self.image_processor = as_pil_processor(image_processor)
-        self.tokenizer = restore_llama_spacing(tokenizer)
+        self.tokenizer = restore_llama_ids(tokenizer)
         self.conversation = get_template(conversation).name
         self.image_mode = image_mode
         self.image_token_index = image_token_index
@@ -88,11 +77,15 @@ class ViCAProcessor(ProcessorMixin):
         """Not ProcessorMixin's, which fails where there is no image processor."""
         if push_to_hub:
             raise ViCAError("push_to_hub=True is not for save_pretrained here; call processor.push_to_hub(name)")
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(save_directory)
-        file = os.path.join(save_directory, "processor_config.json")
-        self.to_json_file(file)
-        return [file]
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        vocabulary = getattr(self.tokenizer, "vocab_file", None)
+        kept = folder / "tokenizer.model"  # transformers 5 does not write it, and LLaVA reads nothing else
+        if vocabulary and Path(vocabulary).name == kept.name and Path(vocabulary).is_file() and not kept.exists():
+            shutil.copyfile(vocabulary, kept)
+        self.to_json_file(folder / "processor_config.json")
+        return [str(folder / "processor_config.json")]
 
     def __call__(
         self,
@@ -192,16 +185,16 @@ class ViCAProcessor(ProcessorMixin):
         _refuse({"chat_template": chat_template} | {k: v for k, v in options.items() if k not in _CALL_OPTIONS})
         if add_generation_prompt and continue_final_message:
             raise ViCAError("add_generation_prompt and continue_final_message exclude each other")
-        batched = _is_batch(conversation)
+        batched = is_batch(conversation)
         template = get_template(self.conversation)
         prompts, images = [], []
         for messages in conversation if batched else [conversation]:
-            turns, sources = _read_messages(messages)
+            turns, sources = read_messages(messages)
             prompts.append(template.render(turns, add_generation_prompt, continue_final_message))
             images.append(sources)
         if not tokenize:
             return prompts if batched else prompts[0]
-        features = self(text=prompts, images=_sources_or_none(images), **options)
+        features = self(text=prompts, images=sources_or_none(images), **options)
         return features if return_dict else features["input_ids"]
 
     def decode(self, token_ids, **kwargs) -> str:
@@ -218,70 +211,6 @@ class ViCAProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
-
-
-def tokenize_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, image_token_index: int = -200, add_special_tokens: bool = True
-) -> list[int]:
-    """LLaVA's way: each piece between images is tokenized on its own, so every piece gets its prefix space; one BOS in
-    front where the tokenizer writes one."""
-    ids = tokenizer("").input_ids[:1] if add_special_tokens else []
-    if ids != [tokenizer.bos_token_id]:
-        ids = []
-    for place, piece in enumerate(prompt.split(IMAGE_MARK)):
-        if place:
-            ids.append(image_token_index)
-        # Where the text itself begins with a space, Metaspace adds no other; sentencepiece always does.
-        if _llama_legacy(tokenizer) is False and piece.startswith((" ", _SPACE)):
-            piece = " " + piece
-        ids += tokenizer(piece, add_special_tokens=False).input_ids
-    return ids
-
-
-def load_tokenizer(path_or_repo: str | os.PathLike, **hub_options) -> PreTrainedTokenizerBase:
-    """AutoTokenizer, with LLaVA's token ids for Llama tokenizers."""
-    written = get_tokenizer_config(path_or_repo, **hub_options)
-    options = dict(hub_options)
-    if written.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        options["config"] = LlamaConfig()  # the folder's own model_type might choose another class
-        # transformers 4 reads a missing "legacy" as true, 5 as false; only 5 writes "backend".
-        if written.get("legacy") is None and "backend" not in written:
-            options["legacy"] = True
-    return restore_llama_spacing(AutoTokenizer.from_pretrained(path_or_repo, **options))
-
-
-def restore_llama_spacing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Gives a Llama tokenizer (others are left alone) the slow tokenizer's prefix space: before every piece of text
-    between special tokens if it is `legacy`, else before the first only. Changes and returns the tokenizer.
-
-    Needed twice over: transformers 5 leaves the space out for legacy text that begins with one, and loads a Llama
-    tokenizer in a folder whose model_type is "llava" or "mistral" by a class that writes no prefix space at all.
-    """
-    legacy = _llama_legacy(tokenizer)
-    if legacy is None:
-        return tokenizer
-    backend = tokenizer.backend_tokenizer
-    if legacy:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-        backend.pre_tokenizer = None
-    else:
-        backend.normalizer = None
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
-    )
-    tokenizer.init_kwargs["legacy"] = legacy  # transformers 5 would not save it, and read it as false
-    return tokenizer
-
-
-def _llama_legacy(tokenizer: PreTrainedTokenizerBase) -> bool | None:
-    """Which of the two prefix space rules holds; None where it is no Llama sentencepiece tokenizer."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if not isinstance(model, models.BPE) or not model.byte_fallback:
-        return None
-    if tokenizer.init_kwargs.get("add_prefix_space") is False:
-        return None
-    return getattr(tokenizer, "legacy", tokenizer.init_kwargs.get("legacy"))
 
 
 def as_pil_processor(image_processor):
@@ -319,9 +248,12 @@ def _processor_of_tower(vision_config):
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
     if vision_config.model_type == "siglip_vision_model":
         return SiglipImageProcessorPil(size=square)
+    if vision_config.model_type == "open_clip_vision":
+        mean, std = list(vision_config.image_mean), list(vision_config.image_std)
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, image_mean=mean, image_std=std)
     raise ViCAError(
         f"no image preprocessing is known for a {vision_config.model_type!r} tower; "
-        "known: clip_vision_model, siglip_vision_model"
+        "known: clip_vision_model, siglip_vision_model, open_clip_vision"
     )
 
 
@@ -335,7 +267,7 @@ def _refuse(options: Mapping) -> None:
 def _as_prompts(text) -> list[str]:
     prompts = [text] if isinstance(text, str) else text
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
-        raise ViCAError(f"text must be a string or a non-empty list of strings, got {_shorten(text)}")
+        raise ViCAError(f"text must be a string or a non-empty list of strings, got {shorten(text)}")
     return list(prompts)
 
 
@@ -378,63 +310,6 @@ def _flatten(images, prompts: list[str] | None) -> list:
     return [image for row in rows for image in row]
 
 
-def _is_batch(conversation) -> bool:
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ViCAError(f"a conversation is a non-empty list of messages, got {_shorten(conversation)}")
-    return isinstance(conversation[0], (list, tuple))
-
-
-def _read_messages(messages: Sequence[Mapping]) -> tuple[list[tuple[str, str]], list]:
-    """The turns as (role, text) pairs, and the sources of their images in reading order."""
-    turns, sources = [], []
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ViCAError(f"a message is a dict with role and content, got {_shorten(message)}")
-        text, images = _read_content(message["content"])
-        if images and message["role"] != "user":
-            raise ViCAError(f"a message of role {message['role']!r} holds an image; only a user's may")
-        turns.append((message["role"], f"{IMAGE_MARK}\n" * len(images) + text))
-        sources += images
-    return turns, sources
-
-
-def _read_content(content) -> tuple[str, list]:
-    """A message's text, several parts on lines of their own, and the sources of its images."""
-    if isinstance(content, str):
-        return content, []
-    if not isinstance(content, (list, tuple)):
-        raise ViCAError(f"a message's content is a string or a list of parts, got {_shorten(content)}")
-    texts, images = [], []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind in ("image", "image_url"):
-            images.append(_image_source(part))
-        else:
-            raise ViCAError(f"a part of a message's content is of type text or image, got {_shorten(part)}")
-    return "\n".join(texts), images
-
-
-def _image_source(part: Mapping):
-    """What `load_image` takes; None for a bare placeholder."""
-    if part["type"] == "image_url":  # OpenAI's form
-        url = part.get("image_url")
-        return url.get("url") if isinstance(url, Mapping) else url
-    key = next((key for key in _SOURCE_KEYS if part.get(key) is not None), None)
-    if key == "base64":
-        return f"data:image/unknown;base64,{part[key]}"
-    return None if key is None else part[key]
-
-
-def _sources_or_none(images: list[list]) -> list[list] | None:
-    """None where the messages hold no image but placeholders: then the caller brings features."""
-    given = [source is not None for row in images for source in row]
-    if any(given) and not all(given):
-        raise ViCAError(f"an image part names no source; give one of {', '.join(_SOURCE_KEYS)}")
-    return images if any(given) else None
-
-
 def _drop_negative(ids):
     """Token ids, one row or several, without the image placeholders and ignored labels that no tokenizer can decode."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
@@ -444,8 +319,3 @@ def _drop_negative(ids):
     if any(isinstance(one, (list, tuple)) for one in values):
         return [_drop_negative(row) for row in values]
     return [one for one in values if one >= 0]
-
-
-def _shorten(value) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -8,6 +8,7 @@ Shape legend: N query rows, R key rows, H heads, G runs of a padded group, D hea
 """
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,6 +16,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
@@ -149,6 +151,14 @@ class Kernel:
         if not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256):
             return "sdpa"
         return "flash_attn" if (self.implementation or "").startswith("flash_attention") else "varlen"
+
+
+def sdpa_backends(device: torch.device):
+    """For the time of a forward on CUDA: all of SDPA's kernels but cuDNN's, which plans anew for every length of keys
+    and so costs 2 ms of CPU time a layer in decoding."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 # --- [B, H, T, D] primitives --------------------------------------------------------------------------------------

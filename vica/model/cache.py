@@ -41,12 +41,23 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     return values[index] if len(values) else np.zeros(index.shape, values.dtype)
 
 
+class KVLayer(DynamicLayer):
+    """Keeps the first K/V it is given as they are, where transformers' layer copies them onto an empty tensor."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
 class ViCACache(Cache):
     """Made by `forward` or `generate`; give it back with the next turn's tokens. `get_seq_length()` counts columns of
     input_ids (a placeholder is one), as generate slices by it."""
 
     def __init__(self, num_layers: int):
-        super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
+        super().__init__(layers=[KVLayer() for _ in range(num_layers)])
         self.variant: str | None = None  # K/V of one variant mean nothing to another
         self._forget()
 
@@ -103,7 +114,7 @@ class ViCACache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.layers = [DynamicLayer() for _ in self.layers]
+        self.layers = [KVLayer() for _ in self.layers]
         self._forget()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

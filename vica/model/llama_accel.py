@@ -43,14 +43,17 @@ class AccelFlow:
         self.routes = {p: Route(self, p) for p in dict.fromkeys(plan)}
         self.entries = self._enter_books() if cache is not None else {}
 
-    def _enter_books(self) -> dict[str, torch.Tensor]:
-        """Each book's new entries as rows of [hidden; frozen], [B, S]; holes point at row 0 and are never seen."""
+    def _enter_books(self) -> dict[str, tuple[tuple[int, int], torch.Tensor | None]]:
+        """Each book's new entries as rows of [hidden; frozen]: their shape [B, S] and index, none where they lie in
+        order already, as in decoding. Holes point at row 0 and are never seen."""
         entries = {}
         for route in self.routes.values():
             if route.book not in entries:
                 index = self.cache.book(route.book).append(self.tokens, route.keys)
                 rows = self.slot[np.nonzero(route.keys)[0]]
-                entries[route.book] = self._tensor(np.where(index < 0, 0, rows[index]) if len(rows) else index)
+                index = np.where(index < 0, 0, rows[index]) if len(rows) else index
+                in_order = index.size == len(self.tokens) and (index.ravel() == np.arange(index.size)).all()
+                entries[route.book] = (index.shape, None if in_order else self._tensor(index))
         return entries
 
     def start(self, text, visual):
@@ -106,8 +109,9 @@ class Route:
         """Adds the call's K/V to the cache; returns all that the layer holds, [B, H, S, D]."""
         if self.cache is None:
             return None
-        rows = self.flow.entries[self.book]
-        return self.cache.update(k[rows].transpose(1, 2), v[rows].transpose(1, 2), layer_idx)
+        shape, rows = self.flow.entries[self.book]
+        k, v = (x.unflatten(0, shape) if rows is None else x[rows] for x in (k, v))
+        return self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
 
     def mix(self, layer_idx: int, q, k, v):
         """Attention of the call's queries, [N, H, D]."""

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..errors import ViCAError
 from . import checkpoint
-from .attention import Kernel
+from .attention import Kernel, sdpa_backends
 from .cache import ViCACache
 from .config import ViCAConfig
 from .llama import Block, Rotary, run_layers
@@ -102,7 +102,8 @@ class ViCAModel(ViCAPreTrainedModel):
         flow = FLOWS[self.config.variant](self.config.plan, tokens, self.rotary, cache, device, kernel)
         at = text_columns(tokens, input_ids.device)
         text = self.embed_tokens(input_ids.flatten()[at].to(device))
-        return run_layers(self.layers, flow, text, visual.to(text), states)
+        with sdpa_backends(device):
+            return run_layers(self.layers, flow, text, visual.to(text), states)
 
     def _checked_features(self, image_features) -> list[torch.Tensor]:
         width = self.embed_tokens.embedding_dim
