@@ -162,7 +162,14 @@ def test_saved_names_and_settings_are_llavas(tmp_path, original):
     ):  # fmt: skip
         assert name in saved
     settings = json.loads((tmp_path / "config.json").read_text())
-    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "mm_projector_type", "mm_hidden_size", "rms_norm_eps"):
+    for key in (
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "mm_projector_type",
+        "mm_hidden_size",
+        "rms_norm_eps",
+    ):
         assert settings[key] == FLAT[key], key
     assert settings["rope_theta"] == 10000.0 and settings["rope_scaling"] is None
     assert settings["t2v_layers"] == LAYERS and settings["model_type"] == "vica"
@@ -230,7 +237,9 @@ def test_bad_layers_name_the_value_and_the_range(tmp_path, original, monkeypatch
     assert repr(value) in str(error.value) and "from 0 to 3" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", [dict(t2v_layers=[9]), dict(freeze_prefix=5), dict(freeze_prefix="yes"), dict(variant="fast")])
+@pytest.mark.parametrize(
+    "change", [dict(t2v_layers=[9]), dict(freeze_prefix=5), dict(freeze_prefix="yes"), dict(variant="fast")]
+)
 def test_bad_settings_are_refused_by_the_config(change):
     with pytest.raises(vica.ViCAError, match="|".join(change)):
         vica.ViCAConfig(text_config=dict(num_hidden_layers=4), **{"t2v_layers": [0], **change})

@@ -50,7 +50,9 @@ def llava():
 
 @pytest.fixture(scope="module")
 def dense(llava):
-    return ours_from(llava, text_config=SIZES, vision_config=tiny_vision(), variant="dense", image_token_index=VOCAB - 1)
+    return ours_from(
+        llava, text_config=SIZES, vision_config=tiny_vision(), variant="dense", image_token_index=VOCAB - 1
+    )
 
 
 def inputs(text_lengths=((3, 6), (3, 6)), images=1):
@@ -92,7 +94,11 @@ def test_greedy_tokens_equal_llava(llava, dense):
 @torch.no_grad()
 def test_image_features_equal_llava(llava, layer, feature, strategy):
     model = ours_from(
-        llava, text_config=SIZES, vision_config=tiny_vision(), mm_vision_select_layer=layer, mm_vision_select_feature=feature
+        llava,
+        text_config=SIZES,
+        vision_config=tiny_vision(),
+        mm_vision_select_layer=layer,
+        mm_vision_select_feature=feature,
     )
     pixels = torch.randn(2, 3, 28, 28)
     want = llava.model.get_image_features(pixels, vision_feature_layer=layer, vision_feature_select_strategy=strategy)
@@ -104,7 +110,9 @@ def test_image_features_equal_llava(llava, layer, feature, strategy):
 def test_siglip_features_equal_transformers():
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7)
+    sizes = dict(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
+    )
     theirs = randomise(SiglipVisionModel(SiglipVisionConfig(**sizes)))
     model = vica.ViCAForConditionalGeneration(tiny_config(vision_config={"model_type": "siglip_vision_model", **sizes}))
     tower = model.model.vision_tower

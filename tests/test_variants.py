@@ -91,14 +91,20 @@ def test_loss_counts_only_text_that_follows_text():
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layout", ["unequal numbers of images", "ragged lengths", "two images", "no image", "text beside image"])
+@pytest.mark.parametrize(
+    "layout", ["unequal numbers of images", "ragged lengths", "two images", "no image", "text beside image"]
+)
 def test_generated_tokens(model, layout, side, beams):
     model.set_variant("mask", [0, 2, 5], True)
     inputs = batch(LAYOUTS[layout], side)
     outs = []
     for variant in ("mask", "accel"):
         model.set_variant(variant)
-        outs.append(model.generate(**inputs, max_new_tokens=8, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None))
+        outs.append(
+            model.generate(
+                **inputs, max_new_tokens=8, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
+        )
     assert torch.equal(*outs)
     assert torch.equal(outs[0][:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
@@ -117,7 +123,9 @@ def decode(model, inputs, steps: torch.Tensor):
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layout", ["unequal numbers of images", "ragged lengths", "images of different sizes", "text beside image"])
+@pytest.mark.parametrize(
+    "layout", ["unequal numbers of images", "ragged lengths", "images of different sizes", "text beside image"]
+)
 def test_a_row_of_a_batch_equals_the_row_alone(layout, side, variant):
     model = tiny_model(variant=variant, freeze_prefix=2)
     rows = LAYOUTS[layout]
@@ -147,7 +155,9 @@ def in_pieces(model, row: Row, cuts: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
 @pytest.mark.parametrize("rule", PREFIX_RULES)
-@pytest.mark.parametrize("layout", ["image in the middle", "two images", "three images, two side by side", "image first", "no image"])
+@pytest.mark.parametrize(
+    "layout", ["image in the middle", "two images", "three images, two side by side", "image first", "no image"]
+)
 @torch.no_grad()
 def test_prefill_in_pieces_equals_prefill_at_once(layout, rule, variant):
     model = tiny_model(variant=variant, freeze_prefix=rule)
@@ -173,7 +183,9 @@ def test_a_second_turn_with_new_images_equals_the_whole(side, variant):
     one, two = batch(first, side), batch(second, side)
     cache = model(**one, use_cache=True).past_key_values
     mask = torch.cat([one["attention_mask"], two["attention_mask"]], 1)
-    got = model(two["input_ids"], attention_mask=mask, image_features=two["image_features"], past_key_values=cache).logits
+    got = model(
+        two["input_ids"], attention_mask=mask, image_features=two["image_features"], past_key_values=cache
+    ).logits
     for b, (x, y) in enumerate(zip(first, second)):
         ids = torch.tensor([x.ids + y.ids])
         whole = model(ids, image_features=(x.images + y.images) or None).logits[0, len(x.ids) :]

@@ -1,6 +1,6 @@
 """ViCA: vision-only cross-attention for LLaVA-like models.
 
-    model, processor = vica.load("path/or/repo", t2v_layers=[0, 1, 7, 8, 9, 10, 11, 14])
+model, processor = vica.load("path/or/repo", t2v_layers=[0, 1, 7, 8, 9, 10, 11, 14])
 """
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor

@@ -27,12 +27,18 @@ def load(
     recipe: str | os.PathLike | None = None,
     **kwargs,
 ) -> tuple[ViCAForConditionalGeneration, ViCAProcessor | None]:
-    """Layers: `t2v_layers`, else T2V_LAYERS in the environment, else `recipe` (a file of configs/), else the checkpoint.
+    """Layers: `t2v_layers`, then T2V_LAYERS, then `recipe` (a file of configs/), then the checkpoint.
     `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
     device, dtype = checkpoint.check_device(device), checkpoint.check_dtype(dtype)
     folder = checkpoint.find_folder(path_or_repo)
     model = ViCAForConditionalGeneration.from_pretrained(
-        folder, variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe, dtype=dtype, **kwargs
+        folder,
+        variant=variant,
+        t2v_layers=t2v_layers,
+        freeze_prefix=freeze_prefix,
+        recipe=recipe,
+        dtype=dtype,
+        **kwargs,
     )
     model.config.name_or_path = str(path_or_repo)
     return model.to(device).eval(), load_processor(folder, model.config)

@@ -118,11 +118,15 @@ def compare(layers: int, dtype: torch.dtype, device) -> list[tuple]:
 
 
 def render(rows: list[tuple]) -> str:
-    lines = ["| layers | dtype | batch | of | variant | kernel | error | times mask's | greedy agreement |", "|" + "---|" * 9]
+    lines = [
+        "| layers | dtype | batch | of | variant | kernel | error | times mask's | greedy agreement |",
+        "|" + "---|" * 9,
+    ]
     for layers, dtype, batch, what, variant, kernel, error, own, agree in rows:
         greedy = "" if agree is None else f"{100 * agree:.1f}%"
         name = str(dtype).removeprefix("torch.")
-        lines.append(f"| {layers} | {name} | {batch} | {what} | {variant} | {kernel} | {error:.3e} | {error / own:.3f} | {greedy} |")
+        cells = (layers, name, batch, what, variant, kernel, f"{error:.3e}", f"{error / own:.3f}", greedy)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -151,7 +155,8 @@ def main() -> int:
     rows = [row for n in args.layers for d in args.dtype for row in compare(n, getattr(torch, d), device)]
     ratios = [row[6] / row[7] for row in rows if row[4] == "accel"]
     worst = max(ratios, key=lambda x: math.inf if math.isnan(x) else x)
-    report = f"{header(args.commit or git_commit())}\n{render(rows)}\n\nLargest error of accel: {worst:.3f} times mask's own (bound {BOUND}).\n"
+    verdict = f"Largest error of accel: {worst:.3f} times mask's own (bound {BOUND})."
+    report = f"{header(args.commit or git_commit())}\n{render(rows)}\n\n{verdict}\n"
     print(report)
     if args.markdown:
         with open(args.markdown, "w", encoding="utf-8") as file:

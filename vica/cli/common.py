@@ -18,7 +18,9 @@ def add_wiring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--variant", choices=VARIANTS)
     group.add_argument("--t2v-layers", metavar="LIST", help='a JSON list such as "[0,1,7,8]"; goes before T2V_LAYERS')
     group.add_argument("--freeze-prefix", metavar="RULE", help="true, false, or the first layer that freezes it")
-    group.add_argument("--config", metavar="FILE", help="a file of configs/: layers and prefix rule of a published model")
+    group.add_argument(
+        "--config", metavar="FILE", help="a file of configs/: layers and prefix rule of a published model"
+    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,10 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def wiring(args: argparse.Namespace) -> dict:
     return dict(
-        variant=args.variant, t2v_layers=args.t2v_layers, freeze_prefix=prefix_rule(args.freeze_prefix), recipe=args.config
+        variant=args.variant,
+        t2v_layers=args.t2v_layers,
+        freeze_prefix=prefix_rule(args.freeze_prefix),
+        recipe=args.config,
     )
 
 

@@ -38,7 +38,11 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
     with torch.device("meta"):
         model = ViCAForConditionalGeneration(config)
     parts = {
-        "language": [*model.model.layers.parameters(), *model.model.embed_tokens.parameters(), *model.lm_head.parameters()],
+        "language": [
+            *model.model.layers.parameters(),
+            *model.model.embed_tokens.parameters(),
+            *model.lm_head.parameters(),
+        ],
         "tower": [p for n, p in model.named_parameters() if "vision_tower" in n],
         "projector": [p for n, p in model.named_parameters() if "mm_projector" in n],
     }

@@ -148,7 +148,9 @@ class Kernel:
         """Flash kernels want half precision on CUDA and head sizes in steps of 8 up to 256: all else takes SDPA."""
         if self.is_eager:
             return "eager"
-        if not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256):
+        if not (
+            q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        ):
             return "sdpa"
         return "flash_attn" if (self.implementation or "").startswith("flash_attention") else "varlen"
 

@@ -78,7 +78,11 @@ def read_config(folder: Path, **settings) -> ViCAConfig:
 
 
 def apply_settings(
-    config: ViCAConfig, variant: str | None = None, t2v_layers=None, freeze_prefix=None, recipe: str | os.PathLike | None = None
+    config: ViCAConfig,
+    variant: str | None = None,
+    t2v_layers=None,
+    freeze_prefix=None,
+    recipe: str | os.PathLike | None = None,
 ) -> ViCAConfig:
     """The caller's wishes on top of a checkpoint's settings. Layers: argument, then T2V_LAYERS, then `recipe` (a file
     of configs/), then the checkpoint."""
@@ -237,7 +241,9 @@ def check_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ViCAError(f"device is {device!r}; give cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ViCAError(f"device is {str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+        raise ViCAError(
+            f"device is {str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -297,7 +303,9 @@ def write_layout(folder: Path, config: ViCAConfig, weights: dict[str, torch.Tens
 
 def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
     if config.vision_config is None or config.mm_projector_type != "mlp2x_gelu":
-        raise ViCAError("the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model has not both")
+        raise ViCAError(
+            "the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model has not both"
+        )
     image_token, vocab = config.image_token_index, config.text_config.vocab_size
     if image_token < 0:  # transformers embeds the placeholder before it replaces it, so it must be in the vocabulary
         image_token, vocab = vocab, -(-(vocab + 2) // 64) * 64

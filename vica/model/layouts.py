@@ -18,7 +18,14 @@ OWN_FIELDS = (
     "variant", "t2v_layers", "freeze_prefix", "image_token_index", "conversation", "image_aspect_ratio",
     "mm_vision_tower", "mm_projector_type", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature",
 )  # fmt: skip
-COMMON_FIELDS = ("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path")
+COMMON_FIELDS = (
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+    "_name_or_path",
+)
 # Leading tokens of a tower's output that are no patch.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # Settings of other model families that change the function when they are on, and are harmless when they are off.
@@ -80,7 +87,9 @@ def _read_hf(config_dict: dict) -> dict:
     vision_config = dict(config_dict["vision_config"])
     tower = vision_config.setdefault("model_type", "clip_vision_model")
     if select == "default" and not CLASS_TOKENS.get(tower, 1):
-        raise ViCAError(f"vision_feature_select_strategy 'default' drops a patch of a {tower}, which has no class token")
+        raise ViCAError(
+            f"vision_feature_select_strategy 'default' drops a patch of a {tower}, which has no class token"
+        )
     return {
         **known,
         "model_type": "vica",
@@ -154,7 +163,10 @@ def hf_config(config, vocab_size: int, image_token_index: int) -> dict:
         "vision_feature_layer": config.mm_vision_select_layer,
         "vision_feature_select_strategy": "default" if drops_class_token(config) else "full",
         "tie_word_embeddings": config.tie_word_embeddings,
-        **{k: getattr(config, k) for k in ("variant", "t2v_layers", "freeze_prefix", "image_aspect_ratio", "conversation")},
+        **{
+            k: getattr(config, k)
+            for k in ("variant", "t2v_layers", "freeze_prefix", "image_aspect_ratio", "conversation")
+        },
     }
 
 

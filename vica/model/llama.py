@@ -97,7 +97,9 @@ class Block(GradientCheckpointingLayer):
         return flow.settle(self, hidden, frozen)
 
 
-def run_layers(layers, flow: Flow, text: torch.Tensor, visual: torch.Tensor, states: list | None = None) -> torch.Tensor:
+def run_layers(
+    layers, flow: Flow, text: torch.Tensor, visual: torch.Tensor, states: list | None = None
+) -> torch.Tensor:
     """Text rows after the last layer, in reading order. `states` collects them before and after each layer."""
     hidden, frozen = flow.start(text, visual)
     for block in layers:

@@ -47,7 +47,7 @@ class MaskFlow:
 
     def _mask(self, sees_visual: bool) -> torch.Tensor:
         allowed = visible(self.pos, self.k_pos, self.k_visual, sees_visual)
-        # Visual and padding queries are thrown away, but a row that sees nothing is NaN, and NaN spreads: let it see all.
+        # Visual and padding queries are thrown away, but a row that sees nothing is NaN, and NaN spreads: it sees all.
         allowed |= ~allowed.any(-1, keepdims=True)
         return self._tensor(allowed)[:, None]
 

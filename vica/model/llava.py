@@ -1,13 +1,13 @@
-"""The multimodal model: tower, projector, decoder, and what transformers' generate needs around them."""
+"""The multimodal model: tower, projector and decoder, from ids and images to logits and loss."""
 
 import copy
+import logging
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -16,13 +16,16 @@ from . import checkpoint
 from .attention import Kernel, sdpa_backends
 from .cache import ViCACache
 from .config import ViCAConfig
+from .generation import ViCAGeneration
 from .llama import Block, Rotary, run_layers
 from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
 from .plan import parse_t2v_layers
 from .projector import build_projector
-from .tokens import Tokens, check_image_count, expand
+from .tokens import Tokens, expand
 from .vision import VisionTower
+
+log = logging.getLogger(__name__)
 
 FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
 IGNORE = -100
@@ -84,13 +87,15 @@ class ViCAModel(ViCAPreTrainedModel):
             ids,
             valid,
             [len(x) for x in features],
-            self.config.image_token_index,
+            self._placeholder(ids, features, cache),
             *((cache.next_pos, cache.seen_image) if cache is not None else ()),
         )
         self._check_vocabulary(ids, valid)
         if cache is not None:
             self._replay_prefixes(tokens, cache)
-        visual = torch.cat(features) if features else self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
+        visual = (
+            torch.cat(features) if features else self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
+        )
         hidden = self._run(tokens, input_ids, visual, cache, states)
         if cache is not None:
             cache.enter(tokens, ids, valid)
@@ -105,16 +110,23 @@ class ViCAModel(ViCAPreTrainedModel):
         with sdpa_backends(device):
             return run_layers(self.layers, flow, text, visual.to(text), states)
 
+    def _placeholder(self, ids: np.ndarray, features: list, cache: ViCACache | None) -> int | None:
+        """Where the placeholder is a word of the vocabulary, generate may utter it: a lone new token is text."""
+        uttered = ids.shape[1] == 1 and not features and cache is not None and cache.get_seq_length() > 0
+        return None if uttered and self.config.image_token_index >= 0 else self.config.image_token_index
+
     def _checked_features(self, image_features) -> list[torch.Tensor]:
         width = self.embed_tokens.embedding_dim
         features = list(image_features) if image_features is not None else []
         for i, x in enumerate(features):
             if x.dim() != 2 or x.shape[1] != width:
-                raise ViCAError(f"image_features[{i}] is {list(x.shape)}; it must be [tokens, {width}], already projected")
+                raise ViCAError(
+                    f"image_features[{i}] is {list(x.shape)}; it must be [tokens, {width}], already projected"
+                )
         return features
 
     def _check_vocabulary(self, ids: np.ndarray, valid: np.ndarray) -> None:
-        text = ids[valid & (ids != self.config.image_token_index)]
+        text = ids[valid & (ids != self.config.image_token_index)]  # the placeholder may lie outside
         wrong = text[(text < 0) | (text >= self.embed_tokens.num_embeddings)]
         if len(wrong):
             raise ViCAError(
@@ -153,12 +165,13 @@ def new_columns(attention_mask: torch.Tensor | None, cache: ViCACache | None, sh
     expected = (shape[0], past + shape[1])
     if tuple(attention_mask.shape) != expected:
         raise ViCAError(
-            f"attention_mask is {list(attention_mask.shape)}; it must have a column for each id so far, {list(expected)}"
+            f"attention_mask is {list(attention_mask.shape)}; with a column for each id so far it is {list(expected)}"
         )
     return attention_mask[:, past:].cpu().numpy() != 0
 
 
-class ViCAForConditionalGeneration(ViCAPreTrainedModel, GenerationMixin):
+# GenerationMixin again, because transformers looks for it among the direct bases.
+class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ViCAConfig):
@@ -183,7 +196,9 @@ class ViCAForConditionalGeneration(ViCAPreTrainedModel, GenerationMixin):
         """Any layout of checkpoint.py. `variant` is ViCA's (accel, mask, dense); further arguments are transformers'
         own (dtype, device_map, quantization_config, attn_implementation, ...)."""
         if path_or_repo is None:  # transformers' way of building from a state dict
-            return super().from_pretrained(None, *args, config=config, output_loading_info=output_loading_info, **kwargs)
+            return super().from_pretrained(
+                None, *args, config=config, output_loading_info=output_loading_info, **kwargs
+            )
         hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
         folder = checkpoint.find_folder(path_or_repo, **{k: v for k, v in hub.items() if v is not None})
         settings = dict(variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe)
@@ -264,12 +279,17 @@ class ViCAForConditionalGeneration(ViCAPreTrainedModel, GenerationMixin):
     def _cache_for(self, cache, use_cache: bool | None) -> ViCACache | None:
         if use_cache is None:
             use_cache = cache is not None or (self.config.text_config.use_cache and not self.training)
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            log.warning("gradient checkpointing runs layers twice, which a cache cannot bear: use_cache=False")
+            use_cache = False
         if not use_cache:
             return None
         if cache is None:
             return ViCACache(self.config.text_config.num_hidden_layers)
         if not isinstance(cache, ViCACache):
-            raise ViCAError(f"past_key_values is a {type(cache).__name__}; it must be one that a call of this model returned")
+            raise ViCAError(
+                f"past_key_values is a {type(cache).__name__}; it must be one that a call of this model returned"
+            )
         return cache
 
     def _loss(self, logits, labels, tokens: Tokens, num_items) -> torch.Tensor:
@@ -282,66 +302,6 @@ class ViCAForConditionalGeneration(ViCAPreTrainedModel, GenerationMixin):
         total = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")
         count = num_items if num_items is not None else (targets != IGNORE).sum().clamp(min=1)
         return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
-
-    # --- generate ---
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ViCAError(f"cache_implementation {generation_config.cache_implementation!r} is not supported")
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = ViCACache(self.config.text_config.num_hidden_layers)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Beams share an image's features: encoded once here, listed once for every copy of their row."""
-        pixel_values, features = model_kwargs.get("pixel_values"), model_kwargs.get("image_features")
-        if expand_size > 1 and (pixel_values is not None or features is not None):
-            features = self.model.encode_images(pixel_values.to(self.device)) if features is None else features
-            per_row = (input_ids == self.config.image_token_index).sum(1).tolist()
-            model_kwargs |= {"pixel_values": None, "image_features": repeat_by_row(list(features), per_row, expand_size)}
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
-        )
-        for name in ("pixel_values", "image_features"):
-            images = kwargs.get(name)
-            if images is not None:
-                inputs[name] = self._images_of_new_columns(input_ids, inputs["input_ids"], images)
-        return inputs
-
-    def _images_of_new_columns(self, all_ids, new_ids, images):
-        """The whole conversation's images may be given again with a cache that holds the first of them."""
-        is_image = all_ids == self.config.image_token_index
-        new = int((new_ids == self.config.image_token_index).sum())
-        if new == 0:
-            return None
-        if len(images) == new or len(images) != int(is_image.sum()):
-            return images
-        columns = torch.arange(all_ids.shape[1], device=all_ids.device) >= all_ids.shape[1] - new_ids.shape[1]
-        keep = columns.expand_as(is_image)[is_image].nonzero().flatten().tolist()
-        return images[keep] if isinstance(images, torch.Tensor) else [images[i] for i in keep]
-
-    def _get_logits_processor(self, *args, **kwargs):
-        """Processors such as the repetition penalty index the vocabulary by input_ids, which a placeholder is not in."""
-        return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
-
-
-class TextOnlyProcessors(LogitsProcessorList):
-    def __call__(self, input_ids, scores, **kwargs):
-        return super().__call__(input_ids.clamp(min=0), scores, **kwargs)
-
-
-def repeat_by_row(items: list, per_row: list[int], times: int) -> list:
-    """[row a's items, row b's items] to [a's, a's again, ..., b's, b's again, ...]."""
-    check_image_count(sum(per_row), len(items))
-    repeated, start = [], 0
-    for count in per_row:
-        repeated += items[start : start + count] * times
-        start += count
-    return repeated
 
 
 def unpack(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ..errors import ViCAError
 
 VARIANTS = ("accel", "mask", "dense")
 
-# The layer lists the authors published, and the prefix rule each model was trained with (configs/ holds the whole recipes).
+# The layer lists the authors published, and the prefix rule each model was trained with (whole recipes: configs/).
 PUBLISHED = {
     "LLaVA-1.5-3B": ([0, 1, 14, 15, 18, 19, 21, 22, 23], False),
     "LLaVA-1.5-7B": ([0, 1, 7, 8, 9, 10, 11, 14], True),
@@ -30,7 +30,9 @@ class LayerPlan:
     prefix_attends: bool
 
 
-def make_plan(variant: str, num_layers: int, t2v_layers: list[int] | None, freeze_prefix: bool | int) -> list[LayerPlan]:
+def make_plan(
+    variant: str, num_layers: int, t2v_layers: list[int] | None, freeze_prefix: bool | int
+) -> list[LayerPlan]:
     if variant == "dense":
         return [LayerPlan(visual_updated=True, text_sees_visual=True, prefix_attends=True)] * num_layers
     frozen_from, seeing = first_frozen_layer(freeze_prefix, num_layers), set(t2v_layers or [])

@@ -36,16 +36,17 @@ def expand(
     ids: np.ndarray,
     valid: np.ndarray,
     image_sizes: list[int],
-    image_token: int,
+    image_token: int | None,
     start: np.ndarray | None = None,
     seen_image: np.ndarray | None = None,
 ) -> Tokens:
-    """`ids`, `valid`: [B, T]. `start`: the next position of each row; `seen_image`: whether it has had an image."""
+    """`ids`, `valid`: [B, T]. `start`: the next position of each row; `seen_image`: whether it has had an image.
+    `image_token` None: no id is a placeholder."""
     batch, columns = ids.shape
     start = np.zeros(batch, np.int64) if start is None else start
     seen_image = np.zeros(batch, bool) if seen_image is None else seen_image
     row, column = np.nonzero(valid)
-    is_image = ids[row, column] == image_token
+    is_image = ids[row, column] == image_token if image_token is not None else np.zeros(len(row), bool)
     check_image_count(int(is_image.sum()), len(image_sizes))
 
     length = np.ones(len(row), np.int64)

@@ -1,6 +1,6 @@
 """Vision towers: transformers' CLIP and SigLIP, or any open_clip model by name.
 
-Weights are named as LLaVA names them, `vision_tower.vision_tower.vision_model.*`, whatever transformers calls them today.
+Weights are named as LLaVA names them, `vision_tower.vision_tower.vision_model.*`, whatever transformers calls them.
 """
 
 import torch
@@ -102,7 +102,9 @@ class VisionTower(nn.Module):
         # hidden state i is the sequence after i layers: -1 is the last of num_hidden_layers + 1
         self.depth = select_layer if select_layer >= 0 else config.num_hidden_layers + 1 + select_layer
         if not 0 < self.depth <= config.num_hidden_layers:
-            raise ViCAError(f"mm_vision_select_layer is {select_layer}; the tower has {config.num_hidden_layers} layers")
+            raise ViCAError(
+                f"mm_vision_select_layer is {select_layer}; the tower has {config.num_hidden_layers} layers"
+            )
         self.skip = CLASS_TOKENS.get(config.model_type, 0) if select_feature == "patch" else 0
         self.vision_tower = nn.Module()
         self.vision_tower.vision_model = TOWERS[config.model_type](config)
@@ -112,6 +114,8 @@ class VisionTower(nn.Module):
         tower = self.vision_tower.vision_model
         expected = (3, tower.config.image_size, tower.config.image_size)
         if tuple(pixels.shape[1:]) != expected:
-            raise ViCAError(f"pixel_values are {list(pixels.shape)}; this tower takes [N, {', '.join(map(str, expected))}]")
+            raise ViCAError(
+                f"pixel_values are {list(pixels.shape)}; this tower takes [N, {', '.join(map(str, expected))}]"
+            )
         dtype = next(tower.parameters()).dtype
         return tower.hidden_state(pixels.to(dtype), self.depth)[:, self.skip :]

@@ -16,7 +16,16 @@ from ..loading import load
 from .model import save
 
 PICTURE = Path(__file__).parents[2] / "playground" / "toy" / "picture.png"
-COLUMNS = ("variant", "same tokens as mask", "largest logit difference", "prefill ms", "answer ms", "visual FLOPs", "KV bytes, image", "KV bytes, text token")  # fmt: skip
+COLUMNS = (
+    "variant",
+    "same tokens as mask",
+    "largest logit difference",
+    "prefill ms",
+    "answer ms",
+    "visual FLOPs",
+    "KV bytes, image",
+    "KV bytes, text token",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,11 +50,17 @@ def main(argv: list[str] | None = None) -> int:
 def report(model, processor, picture, args) -> None:
     content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     config = model.config
-    print(f"A small model ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, T2V layers {config.t2v_layers} "
-          f"of {config.text_config.num_hidden_layers}) with RANDOM weights: its answers mean nothing, its arithmetic does.")  # fmt: skip
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    wiring = f"T2V layers {config.t2v_layers} of {config.text_config.num_hidden_layers}"
+    print(f"A small model ({millions:.1f}M parameters, {wiring}) with RANDOM weights: its answers mean nothing,")
+    print("its arithmetic does.")
     print(f"Picture {Path(args.image).name}: {visual_tokens(config)} visual tokens. Question: {args.question}\n")
     runs = {variant: measure(model, inputs, variant, args.max_new_tokens) for variant in ("mask", "accel", "dense")}
     print_table([COLUMNS, *(table_row(model, variant, run, runs["mask"]) for variant, run in runs.items())])

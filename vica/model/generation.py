@@ -1,0 +1,72 @@
+"""What transformers' generate must know of this model: its cache, images by row, and placeholders among the ids."""
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation import LogitsProcessorList
+
+from ..errors import ViCAError
+from .cache import ViCACache
+from .tokens import check_image_count
+
+
+class ViCAGeneration(GenerationMixin):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ViCAError(f"cache_implementation {generation_config.cache_implementation!r} is not supported")
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = ViCACache(self.config.text_config.num_hidden_layers)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams share an image's features: encoded once here, listed once for every copy of their row."""
+        pixel_values, features = model_kwargs.get("pixel_values"), model_kwargs.get("image_features")
+        if expand_size > 1 and (pixel_values is not None or features is not None):
+            features = self.model.encode_images(pixel_values.to(self.device)) if features is None else features
+            per_row = (input_ids == self.config.image_token_index).sum(1).tolist()
+            model_kwargs |= {
+                "pixel_values": None,
+                "image_features": repeat_by_row(list(features), per_row, expand_size),
+            }
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+        for name in ("pixel_values", "image_features"):
+            images = kwargs.get(name)
+            if images is not None:
+                inputs[name] = self._images_of_new_columns(input_ids, inputs["input_ids"], images)
+        return inputs
+
+    def _images_of_new_columns(self, all_ids, new_ids, images):
+        """The whole conversation's images may be given again with a cache that holds the first of them."""
+        is_image = all_ids == self.config.image_token_index
+        new = int((new_ids == self.config.image_token_index).sum())
+        if new == 0:
+            return None
+        if len(images) == new or len(images) != int(is_image.sum()):
+            return images
+        columns = torch.arange(all_ids.shape[1], device=all_ids.device) >= all_ids.shape[1] - new_ids.shape[1]
+        keep = columns.expand_as(is_image)[is_image].nonzero().flatten().tolist()
+        return images[keep] if isinstance(images, torch.Tensor) else [images[i] for i in keep]
+
+    def _get_logits_processor(self, *args, **kwargs):
+        """Processors such as the repetition penalty index the vocabulary by input_ids; a placeholder is not in it."""
+        return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
+
+
+class TextOnlyProcessors(LogitsProcessorList):
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids.clamp(min=0), scores, **kwargs)
+
+
+def repeat_by_row(items: list, per_row: list[int], times: int) -> list:
+    """[row a's items, row b's items] to [a's, a's again, ..., b's, b's again, ...]."""
+    check_image_count(sum(per_row), len(items))
+    repeated, start = [], 0
+    for count in per_row:
+        repeated += items[start : start + count] * times
+        start += count
+    return repeated
