@@ -1,13 +1,16 @@
 """`vica.load`: a model and its processor from a folder or a hub repository, in any of the three layouts."""
 
+import copy
 import logging
 import os
 from pathlib import Path
 
+from transformers import LlavaProcessor
+
 from .data.processor import ViCAProcessor
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import IMAGE_MARK, load_tokenizer
 from .errors import ViCAError
-from .model import checkpoint
+from .model import checkpoint, layouts
 from .model.config import ViCAConfig
 from .model.llava import ViCAForConditionalGeneration
 
@@ -65,5 +68,24 @@ def convert(source, target, to: str, **settings) -> Path:
         raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(LAYOUTS)}")
     folder = checkpoint.find_folder(source)
     config = checkpoint.read_config(folder, **settings)
-    processor = load_processor(folder, config)
-    return checkpoint.convert(ViCAForConditionalGeneration, folder, target, to, config, processor)
+    processor, image_token = load_processor(folder, config), None
+    if to == "hf" and processor is not None and config.vision_config is not None:
+        processor = hf_processor(processor, config)
+        image_token = processor.image_token_id
+    return checkpoint.convert(ViCAForConditionalGeneration, folder, target, to, config, processor, image_token)
+
+
+def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:
+    """transformers' processor for the same tokens. It knows no padding to a square: its images are cropped."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    vision = config.vision_config
+    return LlavaProcessor(
+        processor.image_processor,
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default" if layouts.drops_class_token(config) else "full",
+        num_additional_image_tokens=layouts.CLASS_TOKENS.get(vision.model_type, 0),
+    )

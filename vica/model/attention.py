@@ -92,10 +92,7 @@ def sdpa(q, k, v, runs: Runs) -> torch.Tensor:
     outs = []
     for group in runs.groups:
         gq, gk, gv = group.gather(q, k, v)
-        if not group.uniform:
-            mask = group.mask
-        else:
-            mask = causal_lower_right(group.q_len, group.k_len) if group.q_len > 1 else None
+        mask = lower_right(group.q_len, group.k_len, q.device) if group.uniform else group.mask
         outs.append(group.scatter(sdpa_heads(gq, gk, gv, mask)))
     return torch.cat(outs)
 
@@ -183,6 +180,14 @@ def repeat_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Grouped-query attention: each key head serves several query heads. Not every SDPA kernel can, so they repeat."""
     groups = q.shape[1] // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def lower_right(q_len: int, k_len: int, device):
+    """What SDPA is given for uniform runs: on CUDA a marker that its flash kernels understand. The CPU would write the
+    marker out as a mask all the same, and dispatch modes such as torch's FLOP counter cannot bear it."""
+    if q_len == 1:
+        return None
+    return causal_lower_right(q_len, k_len) if device.type == "cuda" else causal_mask(q_len, k_len, device)
 
 
 def causal_mask(q_len: int, k_len: int, device) -> torch.Tensor:

@@ -263,8 +263,11 @@ def generation_config(folder: Path) -> GenerationConfig | None:
 # --- conversion ---------------------------------------------------------------------------------------------------
 
 
-def convert(model_class, source: Path, target, to: str, config: ViCAConfig, processor=None) -> Path:
-    """Rewrites a checkpoint in another layout, weights bit for bit. The target appears whole or not at all."""
+def convert(
+    model_class, source: Path, target, to: str, config: ViCAConfig, processor=None, image_token: int | None = None
+) -> Path:
+    """Rewrites a checkpoint in another layout, weights bit for bit. The target appears whole or not at all.
+    `image_token`: the placeholder's id in the hf layout, where `processor` already has one."""
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ViCAError(f"{target} exists and is not empty; nothing is overwritten")
@@ -275,9 +278,8 @@ def convert(model_class, source: Path, target, to: str, config: ViCAConfig, proc
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    settings = write_layout(partial, config, weights, to)
+    write_layout(partial, config, weights, to, image_token)
     if processor is not None:
-        processor.image_token_index = settings["image_token_index"]
         processor.save_pretrained(partial)
     if (generation := generation_config(source)) is not None:
         generation.save_pretrained(partial)
@@ -287,28 +289,29 @@ def convert(model_class, source: Path, target, to: str, config: ViCAConfig, proc
     return target
 
 
-def write_layout(folder: Path, config: ViCAConfig, weights: dict[str, torch.Tensor], to: str) -> dict:
+def write_layout(
+    folder: Path, config: ViCAConfig, weights: dict[str, torch.Tensor], to: str, image_token: int | None
+) -> None:
     if config.tie_word_embeddings:
         weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
     if to == "hf":
-        settings, weights = to_hf(config, weights)
+        settings, weights = to_hf(config, weights, image_token)
     elif to == "llava":
         settings = layouts.llava_config(config)
     else:
         settings = config.to_diff_dict()
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_torch_state_dict(weights, folder, max_shard_size=SHARD_SIZE)
-    return settings
 
 
-def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
+def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor], image_token: int | None):
     if config.vision_config is None or config.mm_projector_type != "mlp2x_gelu":
-        raise ViCAError(
-            "the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model has not both"
-        )
-    image_token, vocab = config.image_token_index, config.text_config.vocab_size
-    if image_token < 0:  # transformers embeds the placeholder before it replaces it, so it must be in the vocabulary
-        image_token, vocab = vocab, -(-(vocab + 2) // 64) * 64
+        raise ViCAError("the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model lacks one")
+    vocab = config.text_config.vocab_size
+    if image_token is None:
+        image_token = config.image_token_index if config.image_token_index >= 0 else vocab
+    if image_token >= vocab:  # transformers embeds the placeholder before it replaces it; room for a pad token too
+        vocab = -(-(image_token + 2) // 64) * 64
     weights = {layouts.hf_name(k): pad_vocabulary(k, v, vocab) for k, v in weights.items()}
     return layouts.hf_config(config, vocab, image_token), weights
 

@@ -3,6 +3,8 @@
 Multimodal fields carry LLaVA's names (`mm_projector_type`, ...), so that one config.json serves both code bases.
 """
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from ..errors import ViCAError
@@ -13,6 +15,7 @@ IMAGE_TOKEN_INDEX = -200
 PROJECTORS = ("linear", "mlp2x_gelu", "identity")
 
 
+@strict
 class TextConfig(LlamaConfig):
     """LlamaConfig plus what the Mistral and Qwen2 shapes need: biases on q, k, v but not on the output."""
 
@@ -97,11 +100,22 @@ def as_text_config(value) -> TextConfig:
     if isinstance(value, TextConfig):
         return value
     given = value.to_dict() if isinstance(value, PreTrainedConfig) else dict(value or {})
-    return TextConfig(**layouts.llama_shape(given))
+    return checked("text_config", TextConfig, layouts.llama_shape(given))
 
 
 def as_vision_config(value):
     if value is None or isinstance(value, PreTrainedConfig):
         return value
     given = dict(value)
-    return AutoConfig.for_model(given.pop("model_type", "clip_vision_model"), **given)
+    return checked("vision_config", AutoConfig.for_model, {"model_type": "clip_vision_model", **given})
+
+
+def checked(what: str, make, fields: dict):
+    """transformers' own complaints about a config take several lines."""
+    try:
+        return make(**fields)
+    except ViCAError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise ViCAError(f"{what}: {' '.join(reason.split())}") from error

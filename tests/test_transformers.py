@@ -1,0 +1,108 @@
+"""The stock tools work on what we save: AutoProcessor, the pipeline, transformers' own LLaVA after conversion."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+import vica
+from tests.builders import assert_close
+from vica.toy.model import save
+
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture
+def picture():
+    return Image.linear_gradient("L").convert("RGB").resize((200, 120))
+
+
+def messages(picture):
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    return [{"role": "user", "content": content}]
+
+
+def our_answer(folder, picture, **generation) -> str:
+    model, processor = vica.load(folder, device="cpu")
+    inputs = processor.apply_chat_template(
+        messages(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    out = model.generate(**inputs, **generation)
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_pipeline(folder, picture):
+    options = dict(max_new_tokens=6, do_sample=False)
+    run = pipeline("image-text-to-text", model=str(folder), device="cpu")
+    assert isinstance(run.model, vica.ViCAForConditionalGeneration) and isinstance(run.processor, vica.ViCAProcessor)
+    want = our_answer(folder, picture, **options)
+    chat = run(text=messages(picture), return_full_text=False, generate_kwargs=options)
+    assert chat[0]["generated_text"] == want
+    prompt = run.processor.apply_chat_template(messages(picture), add_generation_prompt=True)
+    plain = run(images=picture, text=prompt, return_full_text=False, generate_kwargs=options)
+    assert plain[0]["generated_text"] == want
+
+
+def test_auto_classes(folder, picture):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(text=f"<image>\n{QUESTION}", images=picture)
+    with torch.no_grad():
+        assert model(**inputs).logits.shape == (*inputs["input_ids"].shape, 400)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(do_sample=True, temperature=0.7, top_p=0.9),
+        dict(do_sample=False, repetition_penalty=1.3),
+        dict(do_sample=False, no_repeat_ngram_size=2),
+        dict(do_sample=False, use_cache=False),
+        dict(do_sample=True, num_return_sequences=3),
+        dict(num_beams=2, num_return_sequences=2),
+        dict(stop_strings=[";"]),
+    ],
+    ids=str,
+)
+def test_every_way_to_generate(folder, picture, options):
+    model, processor = vica.load(folder, device="cpu")
+    inputs = processor(text=[f"<image>\n{QUESTION}", "No picture here."], images=[[picture], []], padding_side="left")
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": processor.tokenizer}
+    results = []
+    for variant in ("accel", "mask"):
+        model.set_variant(variant)
+        torch.manual_seed(0)
+        results.append(model.generate(**inputs, max_new_tokens=5, pad_token_id=3, **options))
+    assert torch.equal(*results)
+    if options.get("use_cache") is False:
+        cached = model.generate(**inputs, max_new_tokens=5, pad_token_id=3, do_sample=False)
+        assert torch.equal(results[0], cached)
+
+
+def test_converted_to_hf_it_is_transformers_llava(folder, picture, tmp_path):
+    """Model, tokenizer and processor: the same question through transformers alone."""
+    square = picture.resize((336, 336))  # transformers crops where we pad; a square is the same for both
+    vica.convert(folder, tmp_path / "hf", "hf")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    their_inputs = AutoProcessor.from_pretrained(tmp_path / "hf")(
+        images=square, text=f"USER: <image>\n{QUESTION} ASSISTANT:", return_tensors="pt"
+    )
+    model, processor = vica.load(tmp_path / "hf", variant="dense", device="cpu")
+    inputs = processor(images=square, text=f"USER: <image>\n{QUESTION} ASSISTANT:")
+    assert processor.image_token_index == model.config.image_token_index == theirs.config.image_token_id
+    with torch.no_grad():
+        want, got = theirs(**their_inputs).logits[:, -5:], model(**inputs).logits[:, -5:]
+    assert_close(got, want)
+    vica.convert(tmp_path / "hf", tmp_path / "back", "vica")
+    again, its_processor = vica.load(tmp_path / "back", device="cpu")
+    assert again.config.t2v_layers == [0, 3] and its_processor.conversation == "vicuna_v1"
+    assert (
+        its_processor(text="<image>\nhello")["input_ids"].tolist()
+        == processor(text="<image>\nhello")["input_ids"].tolist()
+    )
