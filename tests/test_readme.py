@@ -1,0 +1,88 @@
+"""No word in the README that does not hold: its commands run, its code runs, its paths exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vica.cli.main import VERBS, build_parser
+from vica.toy.model import save
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [line.split("#")[0].strip() for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()]
+MAP = [body for kind, body in BLOCKS if not kind][-1]
+VICA = [c for c in COMMANDS if re.match(r"(\w+=\S+ )?vica ", c)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    save(folder / "MODEL")
+    return folder
+
+
+def run(command: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
+    """A line of the README with this Python's `vica`, MODEL being the toy model."""
+    command = re.sub(r"\b(MODEL|CONVERTED)\b", lambda m: shlex.quote(str(folder / m[0])), command)
+    command = re.sub(r"(^|\s)vica ", rf"\1{sys.executable} -m vica.cli.main ", command)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, **kwargs)
+
+
+@pytest.mark.parametrize("command", VICA)
+def test_commands(command, folder):
+    done = run(command, folder, input="Hello\n")
+    if "vica-llava-1.5-7b" in command:  # the toy model has 8 layers, the published list names layer 14
+        assert done.returncode == 1 and "is no layer of this model" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_all_verbs_are_shown():
+    assert {c.split("vica ")[1].split()[0] for c in VICA} == set(VERBS)
+    assert build_parser().prog == "vica"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any((ROOT / ".venv").glob("installed*")), reason="would install: run by scripts/test.sh")
+def test_quickstart():
+    assert COMMANDS[0] == "bash scripts/quickstart.sh" and COMMANDS[1] == "bash scripts/test.sh"
+    done = subprocess.run(COMMANDS[0], shell=True, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "Setting up" not in done.stderr, "installed once"
+    assert "RANDOM weights" in done.stdout
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()[:1]}
+    assert re.match(r"accel\s+yes\s+\d\.\de-0[5-9]\s", rows["accel"]), rows["accel"]
+    assert {"mask", "accel", "dense"} <= rows.keys()
+
+
+def test_python_example(folder):
+    (code,) = [body for kind, body in BLOCKS if kind == "python"]
+    code = code.replace('"MODEL"', repr(str(folder / "MODEL"))).replace("max_new_tokens=64", "max_new_tokens=3")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
+def test_paths_exist():
+    """Whatever looks like a path of this repository, in text, tables and the map of the code."""
+    plain = re.findall(r"(?:vica|configs|scripts|docs|tests|playground)/[\w./-]*\w/?", README)
+    base = ""
+    for line in MAP.splitlines():
+        if match := re.match(r"(\S+/)\s", line):
+            base = match[1]
+        plain += [base + name for name in re.findall(r"\b\w+\.(?:py|sh)\b", line)]
+    assert len(plain) > 40
+    missing = [p for p in plain if not (ROOT / p).exists()]
+    assert not missing
+
+
+def test_the_map_names_every_file():
+    files = [p for d in ("model", "data", "bench") for p in (ROOT / "vica" / d).glob("*.py") if p.name != "__init__.py"]
+    assert not [p.name for p in files if p.name not in MAP]
