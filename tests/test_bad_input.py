@@ -46,6 +46,12 @@ def test_pixels(model):
         tiny_model()(ids, pixel_values=torch.zeros(1, 3, 28, 28))
 
 
+@pytest.mark.parametrize("name", ["inputs_embeds", "position_ids", "output_attentions"])
+def test_what_forward_does_not_take_is_not_swallowed(model, name):
+    with pytest.raises(vica.ViCAError, match=f"forward takes no {name}"):
+        model(torch.tensor([[5, 6]]), **{name: torch.ones(1, 2)})
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_counts_images_too(model, beams):
     with pytest.raises(vica.ViCAError, match="hold 2 image placeholders, but 1 images"):

@@ -89,6 +89,36 @@ def test_loss_counts_only_text_that_follows_text():
     assert_close(by_items, want * len(pairs) / 10)
 
 
+def test_training_under_autocast():
+    """float32 weights, bfloat16 products: every step of accel has one dtype, and its loss is mask's."""
+    model = tiny_model(freeze_prefix=2).train()
+    inputs = batch(LAYOUTS["unequal numbers of images"], "right")
+    losses = []
+    for variant in ("mask", "accel"):
+        model.set_variant(variant)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+        losses[-1].backward()
+    assert losses[0].dtype == torch.float32
+    assert_close(losses[1], losses[0], 0.02)
+
+
+def test_a_given_cache_is_used_whatever_use_cache_says():
+    model, row = tiny_model(), Row((3, image(4), 5))
+    with torch.no_grad():
+        cache = model(**batch([row]), use_cache=True).past_key_values
+        got = model(torch.tensor([[7]]), past_key_values=cache, use_cache=False).logits
+        whole = model(torch.tensor([[*row.ids, 7]]), image_features=row.images).logits[:, -1:]
+    assert_close(got, whole)
+
+
+def test_checkpointing_drops_the_cache(caplog):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    assert model(**batch([Row((3, image(4), 5))]), use_cache=True).past_key_values is None
+    assert "use_cache=False" in caplog.text
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class ViCAConfig(PreTrainedConfig):
 
     model_type = "vica"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {"text_config": TextConfig, "vision_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None

@@ -55,10 +55,10 @@ class Rotary:
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x: [..., H, D]."""
+    """x: [..., H, D], whose dtype is kept: under autocast the tables are wider, and q and k must match v."""
     cos, sin = (t.unsqueeze(-2) for t in rope)
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
 IGNORE = -100
+# Arguments of transformers' models that would be lost without a word among forward's **kwargs.
+NOT_TAKEN = ("inputs_embeds", "position_ids", "output_attentions", "cache_position")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
@@ -258,6 +260,8 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
     ) -> CausalLMOutputWithPast:
         """`logits` is [B, T, vocab] row for row with `input_ids`, zero at placeholders and padding; with
         `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands."""
+        if refused := [k for k in NOT_TAKEN if kwargs.get(k) is not None and kwargs[k] is not False]:
+            raise ViCAError(f"forward takes no {', '.join(refused)}: positions and embeddings follow from input_ids")
         if pixel_values is not None and image_features is not None:
             raise ViCAError("give pixel_values or image_features, not both")
         if pixel_values is not None:
@@ -278,7 +282,8 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
 
     def _cache_for(self, cache, use_cache: bool | None) -> ViCACache | None:
         if use_cache is None:
-            use_cache = cache is not None or (self.config.text_config.use_cache and not self.training)
+            use_cache = self.config.text_config.use_cache and not self.training
+        use_cache = use_cache or cache is not None
         if use_cache and self.training and self.is_gradient_checkpointing:
             log.warning("gradient checkpointing runs layers twice, which a cache cannot bear: use_cache=False")
             use_cache = False
