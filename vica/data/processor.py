@@ -197,6 +197,13 @@ class ViCAProcessor(ProcessorMixin):
         features = self(text=prompts, images=sources_or_none(images), **options)
         return features if return_dict else features["input_ids"]
 
+    def ask(self, question: str, images: Iterable = ()) -> BatchFeature:
+        """The model's inputs for one question about some images."""
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+        return self.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+
     def decode(self, token_ids, **kwargs) -> str:
         return self.tokenizer.decode(_drop_negative(token_ids), **kwargs)
 

@@ -87,24 +87,23 @@ class Group:
         return out if self.uniform else out[self.unpad]
 
 
-def sdpa(q, k, v, runs: Runs) -> torch.Tensor:
-    """[N, H, D]. Uniform groups run without a mask tensor (flash kernels on CUDA), ragged ones with one."""
+def by_groups(q, k, v, runs: Runs, attend, uniform_mask) -> torch.Tensor:
+    """`attend` on every padded group; `uniform_mask` makes the mask of a group that has no padding."""
     outs = []
     for group in runs.groups:
-        gq, gk, gv = group.gather(q, k, v)
-        mask = lower_right(group.q_len, group.k_len, q.device) if group.uniform else group.mask
-        outs.append(group.scatter(sdpa_heads(gq, gk, gv, mask)))
+        mask = uniform_mask(group.q_len, group.k_len, q.device) if group.uniform else group.mask
+        outs.append(group.scatter(attend(*group.gather(q, k, v), mask)))
     return torch.cat(outs)
+
+
+def sdpa(q, k, v, runs: Runs) -> torch.Tensor:
+    """Uniform groups run on CUDA's flash kernels, without a mask tensor; ragged ones with one."""
+    return by_groups(q, k, v, runs, sdpa_heads, lower_right)
 
 
 def eager(q, k, v, runs: Runs) -> torch.Tensor:
-    """The same in plain products and a float32 softmax."""
-    outs = []
-    for group in runs.groups:
-        gq, gk, gv = group.gather(q, k, v)
-        mask = causal_mask(group.q_len, group.k_len, q.device) if group.uniform else group.mask
-        outs.append(group.scatter(eager_heads(gq, gk, gv, mask)))
-    return torch.cat(outs)
+    """Plain products and a float32 softmax."""
+    return by_groups(q, k, v, runs, eager_heads, causal_mask)
 
 
 def varlen(q, k, v, runs: Runs) -> torch.Tensor:

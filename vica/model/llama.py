@@ -10,16 +10,37 @@ a *flow* (llama_accel.py, llama_mask.py), which follows the plan:
 Shape legend: N rows of hidden states in a packed flow, B x L in a padded one, H heads, D head_dim.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from .attention import Kernel
+from .cache import ViCACache
 from .config import TextConfig
+from .plan import LayerPlan
+from .tokens import Tokens
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., D]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a flow is made from: the wiring, the tokens of this call, and where and how to compute."""
+
+    plan: list[LayerPlan]
+    tokens: Tokens
+    cache: ViCACache | None
+    rotary: "Rotary"
+    kernel: Kernel
+    device: torch.device
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 class Flow(Protocol):

@@ -12,25 +12,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .attention import Kernel, Runs, eager_heads, sdpa_heads
-from .cache import ViCACache
-from .llama import Block, Rotary
+from .attention import Runs, eager_heads, sdpa_heads
+from .llama import Block, Call
 from .plan import LayerPlan
-from .tokens import Tokens
 
 
 class AccelFlow:
-    def __init__(
-        self,
-        plan: list[LayerPlan],
-        tokens: Tokens,
-        rotary: Rotary,
-        cache: ViCACache | None,
-        device: torch.device,
-        kernel: Kernel,
-    ):
-        self.plan, self.tokens, self.rotary, self.cache = plan, tokens, rotary, cache
-        self.device, self.kernel = device, kernel
+    def __init__(self, call: Call):
+        self.call, self.tokens = call, call.tokens
+        tokens, plan = call.tokens, call.plan
         live = ~tokens.visual | plan[0].visual_updated
         rows = np.nonzero(live)[0]
         self.packed = rows[np.argsort(~tokens.prefix[rows], kind="stable")]  # token of each hidden row
@@ -39,9 +29,9 @@ class AccelFlow:
         self.slot = np.empty(len(tokens), np.int64)  # row of each token in [hidden; frozen]
         self.slot[np.concatenate([self.packed, self.frozen_tokens])] = np.arange(len(tokens))
         self.live = live
-        self.fresh = cache is None or cache.get_seq_length() == 0
+        self.fresh = call.cache is None or call.cache.get_seq_length() == 0
         self.routes = {p: Route(self, p) for p in dict.fromkeys(plan)}
-        self.entries = self._enter_books() if cache is not None else {}
+        self.entries = self._enter_books() if call.cache is not None else {}
 
     def _enter_books(self) -> dict[str, tuple[tuple[int, int], torch.Tensor | None]]:
         """Each book's new entries as rows of [hidden; frozen]: their shape [B, S] and index, none where they lie in
@@ -49,24 +39,21 @@ class AccelFlow:
         entries = {}
         for route in self.routes.values():
             if route.book not in entries:
-                index = self.cache.book(route.book).append(self.tokens, route.keys)
+                index = self.call.cache.book(route.book).append(self.tokens, route.keys)
                 rows = self.slot[np.nonzero(route.keys)[0]]
                 index = np.where(index < 0, 0, rows[index]) if len(rows) else index
                 in_order = index.size == len(self.tokens) and (index.ravel() == np.arange(index.size)).all()
-                entries[route.book] = (index.shape, None if in_order else self._tensor(index))
+                entries[route.book] = (index.shape, None if in_order else self.call.tensor(index))
         return entries
 
     def start(self, text, visual):
-        source = np.empty(len(self.tokens), np.int64)  # row of each token in [text; visual]
-        source[~self.tokens.visual] = np.arange(len(text))
-        source[self.tokens.visual] = len(text) + np.arange(len(visual))
-        self.rope = self.rotary(self._tensor(self.tokens.pos[self.packed]), text.dtype)
-        self.frozen_rope = self.rotary(self._tensor(self.tokens.pos[self.frozen_tokens]), text.dtype)
+        self.rope = self.call.rotary(self.call.tensor(self.tokens.pos[self.packed]), text.dtype)
+        self.frozen_rope = self.call.rotary(self.call.tensor(self.tokens.pos[self.frozen_tokens]), text.dtype)
         frozen = visual if len(self.frozen_tokens) else visual[:0]
-        return torch.cat([text, visual])[self._tensor(source[self.packed])], frozen
+        return torch.cat([text, visual])[self.call.tensor(self.tokens.source[self.packed])], frozen
 
     def attend(self, block: Block, hidden, frozen):
-        route = self.routes[self.plan[block.layer_idx]]
+        route = self.routes[self.call.plan[block.layer_idx]]
         attention, normed = block.self_attn, block.input_layernorm(hidden)
         k, v = attention.keys_values(normed, self.rope)
         if route.reads_frozen:
@@ -88,10 +75,7 @@ class AccelFlow:
 
     @cached_property
     def _text_rows(self) -> torch.Tensor:
-        return self._tensor(self.slot[~self.tokens.visual])
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return self.call.tensor(self.slot[~self.tokens.visual])
 
 
 class Route:
@@ -99,7 +83,7 @@ class Route:
 
     def __init__(self, flow: AccelFlow, plan: LayerPlan):
         tokens = flow.tokens
-        self.flow, self.cache = flow, flow.cache
+        self.flow, self.cache = flow, flow.call.cache
         self.reads_frozen = plan.text_sees_visual and len(flow.frozen_tokens) > 0
         self.keys = np.ones(len(tokens), bool) if plan.text_sees_visual else ~tokens.visual
         self.first_query = 0 if plan.prefix_attends else flow.prefix_rows
@@ -120,7 +104,7 @@ class Route:
             return self._mix_single(q, *held)
         if not self.flow.fresh:
             k, v = (x.transpose(1, 2).flatten(0, 1) for x in held)
-        return self.flow.kernel(q, k, v, self.runs)
+        return self.flow.call.kernel(q, k, v, self.runs)
 
     @cached_property
     def one_each(self) -> bool:
@@ -131,10 +115,10 @@ class Route:
     @cached_property
     def holes(self) -> torch.Tensor | None:
         pos = self.cache.book(self.book).pos
-        return None if (pos >= 0).all() else self.flow._tensor(pos >= 0)[:, None, None]
+        return None if (pos >= 0).all() else self.flow.call.tensor(pos >= 0)[:, None, None]
 
     def _mix_single(self, q, k, v):
-        heads = eager_heads if self.flow.kernel.is_eager else sdpa_heads
+        heads = eager_heads if self.flow.call.kernel.is_eager else sdpa_heads
         return heads(q.unsqueeze(2), k, v, self.holes).squeeze(2)
 
     @cached_property
@@ -157,7 +141,7 @@ class Route:
         if self.first_query:
             prefix_runs = []
         runs = prefix_runs + text_runs
-        return Runs([n for n, _ in runs], [x for _, x in runs], [len(prefix_runs), len(text_runs)], flow.device)
+        return Runs([n for n, _ in runs], [x for _, x in runs], [len(prefix_runs), len(text_runs)], flow.call.device)
 
     def _held_rows(self, b: int) -> np.ndarray:
         pos = self.cache.book(self.book).pos

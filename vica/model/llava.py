@@ -17,7 +17,7 @@ from .attention import Kernel, sdpa_backends
 from .cache import ViCACache
 from .config import ViCAConfig
 from .generation import ViCAGeneration
-from .llama import Block, Rotary, run_layers
+from .llama import Block, Call, Rotary, run_layers
 from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
 from .plan import parse_t2v_layers
@@ -106,7 +106,7 @@ class ViCAModel(ViCAPreTrainedModel):
     def _run(self, tokens: Tokens, input_ids, visual, cache, states=None) -> torch.Tensor:
         kernel = Kernel(self.kernel_name, self.config._attn_implementation)
         device = self.embed_tokens.weight.device
-        flow = FLOWS[self.config.variant](self.config.plan, tokens, self.rotary, cache, device, kernel)
+        flow = FLOWS[self.config.variant](Call(self.config.plan, tokens, cache, self.rotary, kernel, device))
         at = text_columns(tokens, input_ids.device)
         text = self.embed_tokens(input_ids.flatten()[at].to(device))
         with sdpa_backends(device):

@@ -31,6 +31,12 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.row)
 
+    @property
+    def source(self) -> np.ndarray:
+        """Row of each token in [text; visual], the embeddings of either kind in reading order."""
+        source = np.where(self.visual, np.cumsum(self.visual), np.cumsum(~self.visual)) - 1
+        return source + self.visual * int((~self.visual).sum())
+
 
 def expand(
     ids: np.ndarray,

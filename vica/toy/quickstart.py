@@ -48,14 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(model, processor, picture, args) -> None:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = processor.ask(args.question, [picture])
     config = model.config
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     wiring = f"T2V layers {config.t2v_layers} of {config.text_config.num_hidden_layers}"
