@@ -8,6 +8,7 @@ import pytest
 
 import vica
 from tests.builders import IMAGE, tiny_config
+from vica.model.generation import repeat_by_row
 from vica.model.llama_mask import visible
 from vica.model.plan import PUBLISHED, LayerPlan, make_plan
 from vica.model.tokens import expand, pad_index
@@ -97,3 +98,9 @@ def test_layers_are_sorted_and_kept_in_the_config(tmp_path):
     again = vica.ViCAConfig.from_pretrained(tmp_path)
     assert (again.t2v_layers, again.freeze_prefix, again.variant) == ([1, 3], 2, "mask")
     assert again.to_dict() == {**config.to_dict(), "transformers_version": again.to_dict()["transformers_version"]}
+
+
+def test_copies_of_a_row_have_its_images_in_order():
+    assert repeat_by_row(["a1", "a2", "b1"], [2, 0, 1], 2) == ["a1", "a2", "a1", "a2", "b1", "b1"]
+    with pytest.raises(vica.ViCAError, match="hold 2 image placeholders, but 3 images"):
+        repeat_by_row(["a1", "a2", "b1"], [2], 2)

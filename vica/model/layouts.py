@@ -81,6 +81,10 @@ def _read_flat(config_dict: dict) -> dict:
 def _read_hf(config_dict: dict) -> dict:
     select = config_dict.get("vision_feature_select_strategy", "default")
     known = {k: config_dict[k] for k in OWN_FIELDS + COMMON_FIELDS if k in config_dict}
+    if config_dict.get("projector_hidden_act", "gelu") != "gelu" or not config_dict.get(
+        "multimodal_projector_bias", True
+    ):
+        raise ViCAError("the checkpoint's projector is not two biased linear maps with a gelu between them")
     layer = config_dict.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise ViCAError(f"vision_feature_layer is {layer!r}; only one layer is supported")
@@ -127,15 +131,16 @@ def refuse_unsupported(config_dict: dict) -> None:
 
 def flat_config(config, saved: dict) -> dict:
     """`saved` is what transformers would write for `config`: the same in LLaVA's flat form."""
-    text = config.text_config.to_dict()
+    text = config.text_config.to_diff_dict()
     rope = text.pop("rope_parameters", None) or {}
     text["rope_theta"] = rope.get("rope_theta", 10000.0)
     scaled = {k: v for k, v in rope.items() if k != "rope_theta"}
     text["rope_scaling"] = scaled if scaled.get("rope_type", "default") != "default" else None
     for key in (*IGNORED_TEXT_FIELDS, *COMMON_FIELDS, "text_config"):
         text.pop(key, None)
-    vision = saved.get("vision_config")
-    own = {k: getattr(config, k) for k in OWN_FIELDS}
+    vision = config.vision_config.to_diff_dict() if config.vision_config is not None else None
+    # LLaVA asks whether mm_vision_tower is there at all, not whether it is null.
+    own = {k: getattr(config, k) for k in OWN_FIELDS if getattr(config, k) is not None}
     common = {k: saved[k] for k in COMMON_FIELDS if saved.get(k) is not None}
     return {**text, **own, **common, "model_type": "vica", "use_mm_proj": True, "vision_config": vision}
 
