@@ -71,3 +71,17 @@ def test_a_cache_can_be_emptied_and_used_again():
         want = model(**inputs).logits
         cache.reset()
         assert torch.equal(model(**inputs, past_key_values=cache).logits, want)
+
+
+@pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+@torch.no_grad()
+def test_rows_move_with_all_that_is_known_of_them(change, variant):
+    model = tiny_model(variant=variant)
+    rows = [Row((3, image(4), 5)), Row((6,), 1), Row((2, image(2), 2, image(7), 1), 2)]
+    order = [0, 0, 1, 1, 2, 2] if change == "batch_repeat_interleave" else [2, 0, 1]
+    cache = model(**batch(rows), use_cache=True).past_key_values
+    getattr(cache, change)(2 if change == "batch_repeat_interleave" else torch.tensor(order))
+    got = model(torch.full((len(order), 1), 7), past_key_values=cache).logits
+    fresh = model(**batch([rows[i] for i in order]), use_cache=True).past_key_values
+    assert torch.allclose(got, model(torch.full((len(order), 1), 7), past_key_values=fresh).logits, atol=1e-5)

@@ -319,7 +319,7 @@ def test_a_missing_shard_is_named(tmp_path, weights):
     folder = write_llava(tmp_path / "m", weights)
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()
-    fails(folder, lost.name)
+    fails(folder, f"names files that are not there: {lost.name}")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "legacy bin"])

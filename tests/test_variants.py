@@ -100,6 +100,9 @@ def test_training_under_autocast():
             losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
         losses[-1].backward()
     assert losses[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        held = model(**inputs, use_cache=True).past_key_values.layers[0]
+    assert held.keys.dtype == held.values.dtype == torch.bfloat16
     assert_close(losses[1], losses[0], 0.02)
 
 

@@ -284,7 +284,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         use_cache = use_cache or cache is not None
-        if use_cache and self.training and self.is_gradient_checkpointing:
+        if use_cache and self.training and self.model.layers[0].gradient_checkpointing:
             log.warning("gradient checkpointing runs layers twice, which a cache cannot bear: use_cache=False")
             use_cache = False
         if not use_cache:

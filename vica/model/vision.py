@@ -1,11 +1,11 @@
-"""Vision towers: transformers' CLIP and SigLIP, or any open_clip model by name.
+"""Vision towers: transformers' CLIP and SigLIP, or any vision transformer of open_clip by name.
 
 Weights are named as LLaVA names them, `vision_tower.vision_tower.vision_model.*`, whatever transformers calls them.
 """
 
 import torch
 from torch import nn
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, SiglipVisionModel
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
 
 from ..errors import ViCAError
 from .layouts import CLASS_TOKENS
@@ -49,11 +49,26 @@ class OpenClipConfig(PreTrainedConfig):
 AutoConfig.register(OpenClipConfig.model_type, OpenClipConfig)
 
 
-class OpenClipTower(nn.Module):
+class OpenClipTower(PreTrainedModel):
+    config_class = OpenClipConfig
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
     def __init__(self, config: OpenClipConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.visual = open_clip_visual(config.name)
+        if (count := count_blocks(self.visual)) != config.num_hidden_layers:
+            raise ViCAError(
+                f"vision_config says num_hidden_layers={config.num_hidden_layers}; "
+                f"open_clip's {config.name} has {count} transformer blocks"
+            )
+        self.tables = {name: table.clone() for name, table in self.named_non_persistent_buffers()}
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The weights stay open_clip's own. Position tables, which no checkpoint holds, are filled in again, because
+        transformers empties them while it loads."""
+        for name, table in self.tables.items():
+            self.get_buffer(name).copy_(table)
 
     def hidden_state(self, pixels: torch.Tensor, depth: int) -> torch.Tensor:
         """Patch tokens after `depth` blocks; open_clip strips the class token itself."""
@@ -64,6 +79,17 @@ class OpenClipTower(nn.Module):
         return out["image_intermediates"][0]
 
 
+def count_blocks(visual: nn.Module) -> int:
+    """open_clip keeps its own transformers' blocks in one place, and timm's, which it wraps, in another."""
+    if hasattr(visual, "trunk"):
+        return len(getattr(visual.trunk, "blocks", ()))
+    return len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 0
+
+
+# In place of the text tower, which is not used: some are large, and some are fetched from the hub.
+NO_TEXT = dict(width=8, heads=1, layers=1, vocab_size=8, context_length=8)
+
+
 def open_clip_visual(name: str) -> nn.Module:
     try:
         import open_clip
@@ -72,7 +98,7 @@ def open_clip_visual(name: str) -> nn.Module:
     if name not in open_clip.list_models():
         raise ViCAError(f"open_clip knows no model {name!r}; open_clip.list_models() lists them")
     with torch.device("cpu"):  # some towers compute tables while they are built, which fails on the meta device
-        return open_clip.create_model(name, pretrained=None).visual
+        return open_clip.create_model(name, pretrained=None, pretrained_text=False, text_cfg=NO_TEXT).visual
 
 
 TOWERS = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower, OpenClipConfig.model_type: OpenClipTower}
@@ -99,6 +125,8 @@ class VisionTower(nn.Module):
         super().__init__()
         if config.model_type not in TOWERS:
             raise ViCAError(f"vision_config has model_type {config.model_type!r}; known: {', '.join(TOWERS)}")
+        if select_feature == "cls_patch" and config.model_type == OpenClipConfig.model_type:
+            raise ViCAError("mm_vision_select_feature is 'cls_patch'; of open_clip towers only 'patch' is supported")
         # hidden state i is the sequence after i layers: -1 is the last of num_hidden_layers + 1
         self.depth = select_layer if select_layer >= 0 else config.num_hidden_layers + 1 + select_layer
         if not 0 < self.depth <= config.num_hidden_layers:
