@@ -151,9 +151,10 @@ def test_chat_keeps_its_cache_and_answers_as_if_it_had_none(model, picture, vari
     talk, pixels = Talk(loaded, processor, GREEDY), []
     for text, count in (("Hello there", 0), ("What is in these?", 2), ("And now?", 0), ("This one?", 1)):
         images = [Image.open(picture).convert("RGB").rotate(30 * i) for i in range(count)]
-        before = talk.cache
+        before, length = talk.cache, 0 if talk.ids is None else talk.ids.shape[1]
         answer = talk.say(text, images)
         assert before is None or talk.cache is before, "one cache for the whole talk"
+        assert length == 0 or talk.ids[0, length] == processor.tokenizer.eos_token_id, "a cut-off answer is ended"
         assert answer in capsys.readouterr().out, "streamed as it came"
         pixels += images
         prompt = talk.ids[:, : -GREEDY["max_new_tokens"]]

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 import vica
 from tests.builders import assert_close
-from vica.toy.model import save
+from vica.toy.model import build_config, build_tokenizer, save
 
 QUESTION = "What is in the picture?"
 
@@ -106,3 +106,15 @@ def test_converted_to_hf_it_is_transformers_llava(folder, picture, tmp_path):
         its_processor(text="<image>\nhello")["input_ids"].tolist()
         == processor(text="<image>\nhello")["input_ids"].tolist()
     )
+
+
+def test_the_placeholder_in_hf_is_the_tokenizers_own(tmp_path):
+    """Where the vocabulary is larger than the tokenizer, as in padded checkpoints, its free ids are used."""
+    config = build_config()
+    config.text_config.vocab_size = 448
+    vica.ViCAForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    vica.ViCAProcessor.from_config(config, build_tokenizer()).save_pretrained(tmp_path / "m")
+    vica.convert(tmp_path / "m", tmp_path / "hf", "hf")
+    model, processor = vica.load(tmp_path / "hf", device="cpu")
+    assert model.config.image_token_index == processor.tokenizer.convert_tokens_to_ids("<image>") == 400
+    assert model.config.text_config.vocab_size == 448
