@@ -84,6 +84,7 @@ def test_a_refused_rewiring_changes_nothing(model):
         (dict(mm_vision_select_feature="cls"), "mm_vision_select_feature is 'cls'"),
         (dict(text_config=dict(attention_dropout=0.1)), "attention_dropout is 0.1"),
         (dict(text_config=dict(model_type="mpt")), "model_type 'mpt'"),
+        (dict(text_config=dict(rope_parameters=dict(rope_type="dynamic", factor=2.0))), "rope_type is 'dynamic'"),
         (dict(text_config=dict(num_attention_heads=5)), "text_config: .*not a multiple"),
         (dict(vision_config=dict(num_attention_heads=5)), "vision_config: .*not a multiple"),
         (dict(vision_config=dict(model_type="none such")), "vision_config: .*none such"),

@@ -20,7 +20,7 @@ from transformers import (
 
 import vica
 from tests.builders import VOCAB, Row, assert_close, batch, image, tiny_model, tiny_vision
-from vica.model import checkpoint
+from vica.model import checkpoint, layouts
 
 LAYERS = [0, 2]
 load = partial(vica.load, device="cpu")
@@ -172,6 +172,9 @@ def test_saved_names_and_settings_are_llavas(tmp_path, original):
     ):
         assert settings[key] == FLAT[key], key
     assert settings["rope_theta"] == 10000.0 and settings["rope_scaling"] is None
+    assert "mm_vision_tower" not in settings, "LLaVA asks for the key, not for its value"
+    assert settings["mm_use_im_patch_token"] is False, "else LLaVA adds a token"
+    assert settings["unfreeze_mm_vision_tower"] is True, "else LLaVA does not read the tower inside"
     assert settings["t2v_layers"] == LAYERS and settings["model_type"] == "vica"
 
 
@@ -374,3 +377,35 @@ def test_no_such_device_or_dtype(tmp_path, original):
     with pytest.raises(vica.ViCAError, match="dtype is 'int8'"):
         load(tmp_path, dtype="int8")
     assert checkpoint.check_device("cpu").type == "cpu"
+
+
+ROPES = {
+    "linear": (dict(rope_type="linear", rope_theta=5e4, factor=2.0), dict(type="linear", factor=2.0)),
+    "yarn": (dict(rope_type="yarn", rope_theta=5e4, factor=2.0), dict(rope_type="yarn", factor=2.0)),
+}
+
+
+@pytest.mark.parametrize("to", ["llava", "hf", "vica"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_scaled_positions_survive_in_the_form_that_old_readers_know(tmp_path, rope, to):
+    ours, old = ROPES[rope]
+    text = dict(rope_parameters=dict(ours, original_max_position_embeddings=256) if rope == "yarn" else ours)
+    model = tiny_model(vision_config=tiny_vision(), text_config=text)
+    model.save_pretrained(tmp_path / "m")
+    vica.convert(tmp_path / "m", tmp_path / "out", to)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = written["text_config"] if to == "hf" else written
+    assert written["rope_theta"] == 5e4 and old.items() <= written["rope_scaling"].items()
+    assert "rope_parameters" not in written
+    again, _ = load(tmp_path / "out")
+    pixels = torch.randn(1, 3, 28, 28)
+    ids = lambda m: torch.tensor([[5, m.config.image_token_index, 7, 8]])  # noqa: E731
+    with torch.no_grad():
+        want, got = model(ids(model), pixel_values=pixels).logits, again(ids(again), pixel_values=pixels).logits
+    assert torch.equal(got[..., :VOCAB], want)
+
+
+def test_a_known_tower_is_named_for_llava():
+    sizes = layouts.KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+    config = vica.ViCAConfig(text_config=dict(num_hidden_layers=2), t2v_layers=[0], vision_config=sizes)
+    assert layouts.llava_config(config)["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import LlavaProcessor
 
 from .data.processor import ViCAProcessor
-from .data.tokenizer import IMAGE_MARK, load_tokenizer
+from .data.tokenizer import add_image_token, load_tokenizer
 from .errors import ViCAError
 from .model import checkpoint, layouts
 from .model.config import ViCAConfig
@@ -78,7 +78,7 @@ def convert(source, target, to: str, **settings) -> Path:
 def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:
     """transformers' processor for the same tokens. It knows no padding to a square: its images are cropped."""
     tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
+    add_image_token(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     vision = config.vision_config

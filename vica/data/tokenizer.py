@@ -8,8 +8,8 @@ sentencepiece's prefix space goes and in how they cut runs of spaces, so that to
 import os
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AddedToken, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 IMAGE_MARK = "<image>"
@@ -54,6 +54,15 @@ def restore_llama_ids(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         _restore_merges(tokenizer)
         tokenizer.init_kwargs["legacy"] = legacy  # transformers 5 would not save it, and then read it as false
     return tokenizer
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """`<image>` as a token of its own, which transformers' LlavaProcessor needs; the same ids around it as LLaVA's."""
+    splits_late = _llama_legacy(tokenizer) is False
+    tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=splits_late)], special_tokens=True)
+    if splits_late:  # LLaVA begins the text after an image with a prefix space
+        before_text = Regex(f"{IMAGE_MARK}(?!{IMAGE_MARK}|\\z)")
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(before_text, IMAGE_MARK + _SPACE)
 
 
 def _restore_spacing(backend: Tokenizer, legacy: bool) -> None:

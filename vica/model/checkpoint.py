@@ -21,7 +21,6 @@ from ..errors import ViCAError
 from . import layouts
 from .config import ViCAConfig
 from .plan import parse_t2v_layers
-from .vision import KNOWN_TOWERS
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +111,8 @@ def choose_layers(argument, config: ViCAConfig) -> list[int] | None:
 
 def tower_config(name: str):
     """The tower's own config: from its folder or repository, or known by name so that none need be fetched."""
-    if name in KNOWN_TOWERS:
-        return AutoConfig.for_model(**KNOWN_TOWERS[name])
+    if name in layouts.KNOWN_TOWERS:
+        return AutoConfig.for_model(**layouts.KNOWN_TOWERS[name])
     config = AutoConfig.from_pretrained(find_folder(name))
     return getattr(config, "vision_config", config)
 
@@ -281,6 +280,9 @@ def convert(
     write_layout(partial, config, weights, to, image_token)
     if processor is not None:
         processor.save_pretrained(partial)
+        vocabulary = source / "tokenizer.model"  # LLaVA's loader reads nothing else, and LlavaProcessor leaves it out
+        if vocabulary.is_file() and not (partial / vocabulary.name).exists():
+            shutil.copyfile(vocabulary, partial / vocabulary.name)
     if (generation := generation_config(source)) is not None:
         generation.save_pretrained(partial)
     if target.is_dir():
@@ -298,6 +300,8 @@ def write_layout(
         settings, weights = to_hf(config, weights, image_token)
     elif to == "llava":
         settings = layouts.llava_config(config)
+        if "mm_vision_tower" not in settings:
+            log.warning("the config names no mm_vision_tower: LLaVA's own loader needs one, set it in config.json")
     else:
         settings = config.to_diff_dict()
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -305,7 +309,8 @@ def write_layout(
 
 
 def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor], image_token: int | None):
-    if config.vision_config is None or config.mm_projector_type != "mlp2x_gelu":
+    tower = config.vision_config.model_type if config.vision_config is not None else None
+    if tower not in layouts.CLASS_TOKENS or config.mm_projector_type != "mlp2x_gelu":
         raise ViCAError("the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model lacks one")
     vocab = config.text_config.vocab_size
     if image_token is None:

@@ -25,6 +25,8 @@ class TextConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
+        if (kind := (self.rope_parameters or {}).get("rope_type")) in ("dynamic", "longrope"):
+            raise ViCAError(f"rope_type is {kind!r}: frequencies that change with the length are not supported")
         if self.attention_dropout:
             raise ViCAError(f"attention_dropout is {self.attention_dropout}; only 0 is supported")
 

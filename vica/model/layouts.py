@@ -28,11 +28,31 @@ COMMON_FIELDS = (
 )
 # Leading tokens of a tower's output that are no patch.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+# Towers that LLaVA checkpoints name without saying more about them.
+CLIP_LARGE = dict(
+    model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+    num_attention_heads=16, patch_size=14, projection_dim=768,
+)  # fmt: skip
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": dict(CLIP_LARGE, image_size=224),
+    "openai/clip-vit-large-patch14-336": dict(CLIP_LARGE, image_size=336),
+    "google/siglip-so400m-patch14-384": dict(
+        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+        num_attention_heads=16, patch_size=14, image_size=384,
+    ),
+}  # fmt: skip
 # Settings of other model families that change the function when they are on, and are harmless when they are off.
 UNSUPPORTED = {
     "mm_use_im_start_end": "marks around images",
     "use_sliding_window": "sliding-window attention",
     "tune_mm_vision_resampler": "a vision resampler",
+}
+# What LLaVA's loader would get wrong by its defaults: it would add a token, and leave the tower inside unread.
+FOR_LLAVA = {
+    "use_mm_proj": True,
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "unfreeze_mm_vision_tower": True,
 }
 # LLaVA's training and image settings, which its flat config.json keeps among Llama's fields.
 LLAVA_ONLY = ("mm_", "use_mm_", "tune_", "freeze_", "unfreeze_", "image_", "tokenizer_")
@@ -132,29 +152,45 @@ def refuse_unsupported(config_dict: dict) -> None:
 def flat_config(config, saved: dict) -> dict:
     """`saved` is what transformers would write for `config`: the same in LLaVA's flat form."""
     text = config.text_config.to_diff_dict()
-    rope = text.pop("rope_parameters", None) or {}
-    text["rope_theta"] = rope.get("rope_theta", 10000.0)
-    scaled = {k: v for k, v in rope.items() if k != "rope_theta"}
-    text["rope_scaling"] = scaled if scaled.get("rope_type", "default") != "default" else None
+    text |= old_rope(text.pop("rope_parameters", None) or {})
     for key in (*IGNORED_TEXT_FIELDS, *COMMON_FIELDS, "text_config"):
         text.pop(key, None)
     vision = config.vision_config.to_diff_dict() if config.vision_config is not None else None
     # LLaVA asks whether mm_vision_tower is there at all, not whether it is null.
     own = {k: getattr(config, k) for k in OWN_FIELDS if getattr(config, k) is not None}
     common = {k: saved[k] for k in COMMON_FIELDS if saved.get(k) is not None}
-    return {**text, **own, **common, "model_type": "vica", "use_mm_proj": True, "vision_config": vision}
+    return {**text, **own, **common, **FOR_LLAVA, "model_type": "vica", "vision_config": vision}
+
+
+def old_rope(rope: dict) -> dict:
+    """rope_parameters as transformers 4 names them, which wants no more than two fields of the kinds that it knows."""
+    kind = rope.get("rope_type", "default")
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+    if kind in ("linear", "dynamic"):
+        scaling = {"type": kind, "factor": rope["factor"]}
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else scaling}
 
 
 def llava_config(config) -> dict:
     """config.json that LLaVA's own code reads as one of its models, and ours reads with its wiring."""
     flat = config.to_diff_dict()
-    return {**flat, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+    named = {"mm_vision_tower": name} if (name := config.mm_vision_tower or known_tower(config)) else {}
+    return {**flat, **named, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+
+
+def known_tower(config) -> str | None:
+    """The public name of a tower of these sizes: LLaVA asks its repository for the image processor."""
+    for name, sizes in KNOWN_TOWERS.items():
+        if all(getattr(config.vision_config, k, None) == v for k, v in sizes.items()):
+            return name
+    return None
 
 
 def hf_config(config, vocab_size: int, image_token_index: int) -> dict:
     """config.json of transformers' LlavaForConditionalGeneration; the wiring rides along as extra fields."""
     vision = config.vision_config.to_diff_dict()
     text = {**config.text_config.to_diff_dict(), "model_type": text_model_type(config), "vocab_size": vocab_size}
+    text |= old_rope(text.pop("rope_parameters", None) or {})
     side = vision["image_size"] // vision["patch_size"] if "patch_size" in vision else 0
     return {
         "model_type": "llava",

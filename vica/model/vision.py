@@ -103,20 +103,6 @@ def open_clip_visual(name: str) -> nn.Module:
 
 TOWERS = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower, OpenClipConfig.model_type: OpenClipTower}
 
-# Towers that LLaVA checkpoints name without saying more about them.
-CLIP_LARGE = dict(
-    model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-    num_attention_heads=16, patch_size=14, projection_dim=768,
-)  # fmt: skip
-KNOWN_TOWERS = {
-    "openai/clip-vit-large-patch14": dict(CLIP_LARGE, image_size=224),
-    "openai/clip-vit-large-patch14-336": dict(CLIP_LARGE, image_size=336),
-    "google/siglip-so400m-patch14-384": dict(
-        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-        num_attention_heads=16, patch_size=14, image_size=384,
-    ),
-}  # fmt: skip
-
 
 class VisionTower(nn.Module):
     """Patch features of images, from the layer the language model was trained with."""
