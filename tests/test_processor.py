@@ -29,7 +29,7 @@ from transformers.pipelines import ImageTextToTextPipeline
 
 from vica.data.conversation import VICUNA_SYSTEM, get_template
 from vica.data.processor import ViCAProcessor
-from vica.data.tokenizer import load_tokenizer, tokenize_prompt
+from vica.data.tokenizer import add_image_token, load_tokenizer, tokenize_prompt
 from vica.errors import ViCAError
 
 CORPUS = (
@@ -699,3 +699,19 @@ def test_pipeline_with_prompts(pipe):
     assert [one["input_text"] for one in out] == prompts
     assert all(one["generated_text"].startswith(prompt) for one, prompt in zip(out, prompts, strict=True))
     assert pipe(text="Hi", max_new_tokens=3)[0]["generated_text"].startswith("Hi")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_image_token_keeps_llavas_ids_around_it(tmp_path, sentencepiece_model, legacy):
+    """As transformers' LlavaProcessor tokenizes, in one piece, with `<image>` as a token."""
+    tokenizer = load_tokenizer(llava_folder(tmp_path, sentencepiece_model, legacy))
+    add_image_token(tokenizer)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for prompt in (
+        f"{VICUNA_SYSTEM} USER: <image>\nWhat is in the image? ASSISTANT:",
+        "<image>\n<image>\nWhat is in the images?",
+        "Look at <image> and <image>, please. </s>USER: Yes",
+        "What is this? <image>",
+    ):
+        want = [image if token == IMAGE else token for token in llava_ids(sentencepiece_model, prompt, legacy)]
+        assert tokenizer(prompt).input_ids == want, prompt
