@@ -3,6 +3,11 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tests import spm
+from vica.data.processor import ViCAProcessor
+from vica.data.tokenizer import load_tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker has a core; threads that fight over it spin, and slow everything tenfold
@@ -14,3 +19,31 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def _no_layers_from_outside(monkeypatch):
     monkeypatch.delenv("T2V_LAYERS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory) -> bytes:
+    return spm.train(tmp_path_factory.mktemp("sentencepiece"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, sentencepiece_model):
+    """One checkpoint folder for each pair of legacy and model_type."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        (legacy, kind): spm.llava_folder(root / f"{legacy}-{kind}", sentencepiece_model, legacy, kind)
+        for legacy in (True, False, None)
+        for kind in (None, "llava", "llava_llama", "mistral")
+    }
+
+
+@pytest.fixture
+def tokenizer(folders):
+    return load_tokenizer(folders[False, "llava_llama"])
+
+
+@pytest.fixture
+def processor(tokenizer):
+    return ViCAProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer
+    )

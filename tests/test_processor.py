@@ -1,146 +1,30 @@
-"""ViCAProcessor against independent referees: sentencepiece itself for the token ids, hand-made arithmetic for the
-pixels, hand-written prompts for the chats."""
+"""ViCAProcessor against independent referees: hand-made arithmetic for the pixels, hand-written prompts for chats."""
 
 import base64
-import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from sentencepiece import sentencepiece_model_pb2
 from transformers import (
     AutoConfig,
     AutoProcessor,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaTokenizer,
     PreTrainedConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.pipelines import ImageTextToTextPipeline
 
-from vica.data.conversation import VICUNA_SYSTEM, get_template
+from tests.spm import IMAGE, PROMPTS, llava_folder, llava_ids
+from vica.data.conversation import VICUNA_SYSTEM
 from vica.data.processor import ViCAProcessor
-from vica.data.tokenizer import add_image_token, load_tokenizer, tokenize_prompt
+from vica.data.tokenizer import load_tokenizer
 from vica.errors import ViCAError
 
-CORPUS = (
-    f"{VICUNA_SYSTEM}\nUSER: What is in the image? ASSISTANT: A red square stands left of a blue circle.\n"
-    "USER: How many shapes are there? Answer the question using a single word or phrase. ASSISTANT: 3\n"
-    "The quick brown fox jumps over the lazy dog. Is the cat on the mat? Yes, it is on the mat.\n"
-).splitlines() * 20 + [f"There are {n} birds and {n * 7} trees in picture {n}.{' ' * (n % 12)}the" for n in range(240)]
-BOS, EOS, IMAGE = 1, 2, -200
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-# ---- the tokenizer, and its referee -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def sentencepiece_model(tmp_path_factory) -> bytes:
-    prefix = tmp_path_factory.mktemp("sentencepiece") / "model"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_prefix=str(prefix),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    proto = sentencepiece_model_pb2.ModelProto.FromString(prefix.with_suffix(".model").read_bytes())
-    runs_of_spaces = [piece for piece in proto.pieces if set(piece.piece) == {"\u2581"}]
-    assert len(runs_of_spaces) > 3
-    for piece in runs_of_spaces:  # as in Llama's vocabulary, where they keep their low ids
-        piece.score = -1e9
-    return proto.SerializeToString()
-
-
-def added_token(content: str, **more) -> dict:
-    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, **more}
-
-
-def llava_folder(folder, model: bytes, legacy: bool | None, model_type: str | None = None, **changed):
-    """The tokenizer files of a LLaVA-1.5 checkpoint, which transformers 4 wrote; `legacy` None: not written."""
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": legacy,
-        "model_max_length": 2048,
-        "pad_token": None,
-        "padding_side": "right",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        **{name: added_token(content, __type="AddedToken") for name, content in named.items()},
-        **changed,
-    }
-    if legacy is None:
-        del config["legacy"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    special = {name: added_token(content) for name, content in named.items()}
-    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": "<unk>"}))
-    if model_type is not None:
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return folder
-
-
-def slow_llama_ids(model: bytes, text: str, legacy: bool) -> list[int]:
-    """The slow LlamaTokenizer that LLaVA used: special tokens are cut out first, the rest goes to sentencepiece. Its
-    dummy prefix is written before every piece (legacy), or before the whole text."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    proto.normalizer_spec.add_dummy_prefix = legacy
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    if not legacy and text and not re.match(r"<s>|</s>|<unk>", text):
-        text = " " + text
-    ids = [BOS]
-    for part in re.split(r"(<s>|</s>|<unk>)", text):
-        ids += [pieces.PieceToId(part)] if part in ("<s>", "</s>", "<unk>") else pieces.EncodeAsIds(part)
-    return ids
-
-
-def llava_ids(model: bytes, prompt: str, legacy: bool) -> list[int]:
-    chunks = [slow_llama_ids(model, chunk, legacy)[1:] for chunk in prompt.split("<image>")]
-    return [BOS, *chunks[0], *(token for chunk in chunks[1:] for token in [IMAGE, *chunk])]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory, sentencepiece_model):
-    """One checkpoint folder for each pair of legacy and model_type."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        (legacy, kind): llava_folder(root / f"{legacy}-{kind}", sentencepiece_model, legacy, kind)
-        for legacy in (True, False, None)
-        for kind in (None, "llava", "llava_llama", "mistral")
-    }
-
-
-@pytest.fixture
-def tokenizer(folders):
-    return load_tokenizer(folders[False, "llava_llama"])
-
-
-@pytest.fixture
-def processor(tokenizer):
-    return ViCAProcessor(CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=square(28)), tokenizer)
 
 
 def square(side: int) -> dict:
@@ -149,135 +33,6 @@ def square(side: int) -> dict:
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-PROMPTS = [
-    "",
-    get_template("vicuna_v1").render([("user", "<image>\nWhat is in the image?")]),
-    get_template("vicuna_v1").render([("user", "<image>\nHow many?"), ("assistant", "3"), ("user", "Sure?")]),
-    get_template("llama_2").render([("user", "<image>\nHow many?"), ("assistant", "3"), ("user", "<image>\nSure?")]),
-    get_template("mistral").render([("user", "Is <image> like <image> or like  <image>?"), ("assistant", "No.")]),
-    "<image>",
-    "<image><image>\n\n<image> ",
-    " leading",
-    "  two spaces",
-    "def f(x):\n    the\n         a  the   a",
-    *(f"a{' ' * length}the" for length in range(1, 20)),
-    " ",
-    "\n",
-    "a  b   c ",
-    "</s>",
-    "</s> after",
-    "before </s>  after</s>\nnext",
-    "<s>hello <s> hello",
-    "   </s>   ",
-    "a<unk>b <unk> c",
-    "naïve café – “quotes” … ﬁ ①",
-    "日本語 🙂 👩‍👩‍👧 \u200b\u00a0\u3000 e\u0301",
-    "\u2581visible \u2581\u2581 spaces\u2581",
-    "</s>\u2581x <image> \u2581x",
-    "\ttab\r\nwindows\x00null\ufeff",
-    "<0x0A> </s < /s>",
-    "2024 365 ٣५",
-]
-FRAGMENTS = [
-    *("", " ", "  ", "\n", "\u2581", "a", "the", "USER:", "12", "é", "🙂", "."),
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<image>",
-]
-
-
-@pytest.mark.parametrize("kind", [None, "llava", "llava_llama", "mistral"])
-@pytest.mark.parametrize("legacy", [True, False, None])
-def test_ids_are_those_of_llavas_slow_tokenizer(folders, sentencepiece_model, legacy, kind, tmp_path):
-    tokenizer = load_tokenizer(folders[legacy, kind])
-    assert type(tokenizer) is LlamaTokenizer
-    rule = legacy is not False  # transformers 4, which wrote these folders, took a missing "legacy" for true
-    expected = [llava_ids(sentencepiece_model, prompt, rule) for prompt in PROMPTS]
-    assert [tokenize_prompt(prompt, tokenizer) for prompt in PROMPTS] == expected
-    tokenizer.save_pretrained(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert [tokenize_prompt(prompt, again) for prompt in PROMPTS] == expected
-
-
-@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
-@pytest.mark.parametrize("legacy", [True, False])
-def test_a_tokenizer_loaded_by_others_is_set_right(folders, sentencepiece_model, legacy, kind):
-    processor = ViCAProcessor(tokenizer=AutoTokenizer.from_pretrained(folders[legacy, kind]))
-    for prompt in PROMPTS:
-        assert processor.tokenize(prompt) == llava_ids(sentencepiece_model, prompt, legacy)
-
-
-def test_what_transformers_5_wrote_without_legacy_is_not_legacy(folders, sentencepiece_model, tmp_path):
-    AutoTokenizer.from_pretrained(folders[False, None]).save_pretrained(tmp_path)
-    assert "legacy" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
-    ids = tokenize_prompt("3</s>USER", load_tokenizer(tmp_path))
-    assert ids == llava_ids(sentencepiece_model, "3</s>USER", legacy=False)
-
-
-@pytest.fixture(scope="session")
-def both_rules(folders):
-    return {legacy: load_tokenizer(folders[legacy, None]) for legacy in (True, False)}
-
-
-@settings(max_examples=300)
-@given(fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=9), legacy=st.booleans())
-def test_ids_of_any_mixture(both_rules, sentencepiece_model, fragments, legacy):
-    prompt = "".join(fragments)
-    assert tokenize_prompt(prompt, both_rules[legacy]) == llava_ids(sentencepiece_model, prompt, legacy)
-
-
-def test_prefix_space_goes_where_the_slow_tokenizer_puts_it(both_rules):
-    """The same by hand, for the case that transformers 5 gets wrong for legacy tokenizers: "USER" after "</s>"."""
-    for legacy, piece in [(True, "\u2581USER"), (False, "U")]:
-        ids = tokenize_prompt("3</s>USER: 4", both_rules[legacy])
-        after = both_rules[legacy].convert_ids_to_tokens(ids[ids.index(EOS) + 1])
-        assert after.startswith(piece)
-
-
-def test_bos_only_where_the_tokenizer_writes_one(tmp_path, sentencepiece_model, tokenizer):
-    without = load_tokenizer(llava_folder(tmp_path / "no_bos", sentencepiece_model, False, add_bos_token=False))
-    prompt = "a <image>\nb"
-    assert tokenize_prompt(prompt, without) == tokenize_prompt(prompt, tokenizer)[1:]
-    without.add_eos_token = True
-    assert tokenize_prompt(prompt, without) == tokenize_prompt(prompt, tokenizer)[1:]
-    assert tokenize_prompt(prompt, tokenizer, add_special_tokens=False) == tokenize_prompt(prompt, tokenizer)[1:]
-    assert tokenize_prompt("<image>", tokenizer) == [BOS, IMAGE]
-    assert tokenize_prompt("<image>", tokenizer, image_token_index=399) == [BOS, 399]
-
-
-def test_other_tokenizers_are_left_alone(tmp_path, sentencepiece_model):
-    folder = llava_folder(tmp_path / "bare", sentencepiece_model, False, add_prefix_space=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    before = tokenizer.backend_tokenizer.to_str()
-    assert ViCAProcessor(tokenizer=tokenizer).tokenizer.backend_tokenizer.to_str() == before
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "mistral"])
-def test_next_turn_ids_continue_the_conversation(both_rules, name, legacy):
-    processor = ViCAProcessor(tokenizer=both_rules[legacy], conversation=name)
-    template = get_template(name)
-    first = [("user", "<image>\nHow many shapes?")]
-    whole = template.render([*first, ("assistant", "3 birds."), ("user", "<image>\nSure?")])
-    said = processor.tokenize(template.render([*first, ("assistant", "3 birds.")]))
-    assert said[-1] == EOS
-    assert said + processor.tokenize_next_turn("<image>\nSure?") == processor.tokenize(whole)
-
-
-def test_decoding_drops_placeholders(processor):
-    ids = processor(text="A red square<image>\nstands")["input_ids"]
-    assert ids[0].tolist().count(IMAGE) == 1
-    expected = "A red square \nstands"
-    assert processor.batch_decode(ids, skip_special_tokens=True) == [expected]
-    assert processor.post_process_image_text_to_text(ids) == [expected]
-    assert processor.post_process_image_text_to_text(ids, skip_special_tokens=False) == [f"<s> {expected}"]
-    for row in (ids[0], ids[0].tolist(), ids[0].numpy(), list(ids[0])):
-        assert processor.decode(row, skip_special_tokens=True) == expected
-    assert processor.batch_decode([[-100, IMAGE], []]) == ["", ""]
-    assert processor.decode(EOS) == "</s>"
 
 
 # ---- the call ---------------------------------------------------------------------------------------------------
@@ -699,19 +454,3 @@ def test_pipeline_with_prompts(pipe):
     assert [one["input_text"] for one in out] == prompts
     assert all(one["generated_text"].startswith(prompt) for one, prompt in zip(out, prompts, strict=True))
     assert pipe(text="Hi", max_new_tokens=3)[0]["generated_text"].startswith("Hi")
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_an_image_token_keeps_llavas_ids_around_it(tmp_path, sentencepiece_model, legacy):
-    """As transformers' LlavaProcessor tokenizes, in one piece, with `<image>` as a token."""
-    tokenizer = load_tokenizer(llava_folder(tmp_path, sentencepiece_model, legacy))
-    add_image_token(tokenizer)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    for prompt in (
-        f"{VICUNA_SYSTEM} USER: <image>\nWhat is in the image? ASSISTANT:",
-        "<image>\n<image>\nWhat is in the images?",
-        "Look at <image> and <image>, please. </s>USER: Yes",
-        "What is this? <image>",
-    ):
-        want = [image if token == IMAGE else token for token in llava_ids(sentencepiece_model, prompt, legacy)]
-        assert tokenizer(prompt).input_ids == want, prompt

@@ -134,13 +134,13 @@ def git_commit() -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
-def header(commit: str) -> str:
+def header(args: argparse.Namespace) -> str:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    command = "python -m vica.bench.precision " + " ".join(sys.argv[1:])
+    command = f"python -m vica.bench.precision --layers {' '.join(map(str, args.layers))} --dtype {' '.join(args.dtype)}"
     return (
-        f"# Precision\n\n{__doc__.split(chr(10) * 2, 2)[2]}\n- command: `{command}`\n- commit: {commit or 'unknown'}\n"
-        f"- hardware: {card}\n- torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}\n"
+        f"# Precision\n\n{__doc__.split(chr(10) * 2, 2)[2]}\n"
+        f"- command: `{command}`\n- commit: {args.commit or git_commit() or 'unknown'}\n- hardware: {card}\n"
+        f"- torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}\n"
     )
 
 
@@ -156,7 +156,7 @@ def main() -> int:
     ratios = [row[6] / row[7] for row in rows if row[4] == "accel"]
     worst = max(ratios, key=lambda x: math.inf if math.isnan(x) else x)
     verdict = f"Largest error of accel: {worst:.3f} times mask's own (bound {BOUND})."
-    report = f"{header(args.commit or git_commit())}\n{render(rows)}\n\n{verdict}\n"
+    report = f"{header(args)}\n{render(rows)}\n\n{verdict}\n"
     print(report)
     if args.markdown:
         with open(args.markdown, "w", encoding="utf-8") as file:
