@@ -136,7 +136,8 @@ def git_commit() -> str:
 
 def header(args: argparse.Namespace) -> str:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    command = f"python -m vica.bench.precision --layers {' '.join(map(str, args.layers))} --dtype {' '.join(args.dtype)}"
+    layers, dtypes = " ".join(map(str, args.layers)), " ".join(args.dtype)
+    command = f"python -m vica.bench.precision --layers {layers} --dtype {dtypes}"
     return (
         f"# Precision\n\n{__doc__.split(chr(10) * 2, 2)[2]}\n"
         f"- command: `{command}`\n- commit: {args.commit or git_commit() or 'unknown'}\n- hardware: {card}\n"
