@@ -32,8 +32,9 @@ def load(
 ) -> tuple[ViCAForConditionalGeneration, ViCAProcessor | None]:
     """Layers: `t2v_layers`, then T2V_LAYERS, then `recipe` (a file of configs/), then the checkpoint.
     `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
+    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
     device, dtype = checkpoint.check_device(device), checkpoint.check_dtype(dtype)
-    folder = checkpoint.find_folder(path_or_repo)
+    folder = checkpoint.find_folder(path_or_repo, **checkpoint.pop_hub_arguments(kwargs))
     model = ViCAForConditionalGeneration.from_pretrained(
         folder,
         variant=variant,
@@ -49,17 +50,23 @@ def load(
 
 def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     """The saved processor; for folders of other code bases, one made from the config and the tokenizer."""
+    try:
+        return _load_processor(folder, config)
+    except ViCAError:
+        raise
+    except Exception as error:  # whatever a broken file makes transformers and its tokenizers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ViCAError(f"the tokenizer or processor in {folder} cannot be read: {reason}") from error
+
+
+def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     saved = folder / "processor_config.json"
     if saved.is_file() and checkpoint.read_json(saved).get("processor_class") == ViCAProcessor.__name__:
         return ViCAProcessor.from_pretrained(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         log.warning("%s holds no tokenizer: the model comes without a processor", folder)
         return None
-    try:
-        tokenizer = load_tokenizer(folder)
-    except Exception as error:  # whatever a broken file makes the tokenizers library raise
-        raise ViCAError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
-    return ViCAProcessor.from_config(config, tokenizer)
+    return ViCAProcessor.from_config(config, load_tokenizer(folder))
 
 
 def convert(source, target, to: str, **settings) -> Path:

@@ -7,6 +7,7 @@ from transformers import TextStreamer
 
 from ..data.conversation import get_template
 from ..data.images import load_image
+from ..data.tokenizer import IMAGE_MARK
 from ..errors import ViCAError
 from . import common
 
@@ -33,8 +34,10 @@ def run(args) -> None:
             talk, images = Talk(model, processor, talk.options), []
         elif command == "/image":
             images += images_or_complaint(rest.strip())
+        elif line.startswith("/"):
+            print(HELP, file=sys.stderr)
         elif line:
-            talk.say(line, images)
+            talk.say(line.replace(IMAGE_MARK, ""), images)
             images = []
 
 
@@ -64,7 +67,7 @@ class Talk:
     @torch.inference_mode()
     def say(self, text: str, images: list) -> str:
         """Streams the answer to stdout and returns it."""
-        message = "<image>\n" * len(images) + text
+        message = f"{IMAGE_MARK}\n" * len(images) + text
         new = torch.tensor([self._first_turn(message) if self.ids is None else self._next_turn(message)])
         new = new.to(self.model.device)
         ids = new if self.ids is None else torch.cat([self.ids, new], 1)

@@ -23,7 +23,7 @@ def run(args) -> None:
 
 
 def read(args) -> ViCAConfig:
-    folder, settings = checkpoint.find_folder(args.model), common.wiring(args)
+    folder, settings = checkpoint.find_folder(args.model, weights=False), common.wiring(args)
     try:
         return checkpoint.read_config(folder, **settings)
     except ViCAError as error:
@@ -57,6 +57,8 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
         ("prefix", marks(p.prefix_attends for p in plan) + "  attends where marked"),
         ("parameters", ", ".join(f"{name} {count(ps):,}" for name, ps in parts.items() if ps)),
     ]  # fmt: skip
+    if config.variant == "mask":
+        lines.append(("note", "what follows is accel's cost; mask computes and keeps everything, as dense does"))
     if visual:
         lines += [
             ("an image", f"{visual} visual tokens"),

@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except ViCAError as error:
         print(f"vica {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"vica {args.verb}: {error}", file=sys.stderr)
+        return 1
     except torch.OutOfMemoryError as error:
         print(f"vica {args.verb}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ import binascii
 import os
 import urllib.error
 import urllib.request
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -24,7 +25,9 @@ def load_image(source) -> Image.Image:
     """`source`: a path, an http(s) or base64 data URL, bytes, a binary file, a PIL image or uint8 array [H, W, 3]."""
     name = _describe(source)
     try:
-        image = _open(source, name)
+        with warnings.catch_warnings():  # Pillow's warning comes before our refusal, which says the same
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = _open(source, name)
         _refuse_bomb(image, name)
         return image.convert("RGB")
     except ViCAError:
@@ -47,6 +50,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     if width == height:
         return image
     side = max(width, height)
+    if Image.MAX_IMAGE_PIXELS is not None and side * side > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ViCAError(f"an image of {width}x{height} is too long to be padded to a square; make it smaller")
     square = Image.new(image.mode, (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square

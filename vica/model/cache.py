@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import ViCAError
+from .plan import LayerPlan
 from .tokens import Tokens, pad_index
 
 
@@ -58,25 +59,28 @@ class ViCACache(Cache):
 
     def __init__(self, num_layers: int):
         super().__init__(layers=[KVLayer() for _ in range(num_layers)])
-        self.variant: str | None = None  # K/V of one variant mean nothing to another
         self._forget()
 
     def _forget(self) -> None:
+        self.wiring: tuple | None = None  # K/V of one variant or plan mean nothing to another
         self.books: dict[str, Book] = {}
+        self.layer_books: list[str] = []  # the book of each layer, set by the flow that writes them
         self.ids = np.zeros((0, 0), np.int64)
         self.valid = np.zeros((0, 0), bool)
         self.next_pos = np.zeros(0, np.int64)
         self.seen_image = np.zeros(0, bool)
 
-    def open(self, batch: int, variant: str) -> None:
+    def open(self, batch: int, variant: str, plan: list[LayerPlan]) -> None:
         """Before a call: makes an empty cache the right size, and refuses one that cannot be continued."""
         if not self.ids.size:
             self._forget()
-            self.variant = variant
+            self.wiring = (variant, plan)
             self.ids, self.valid = np.zeros((batch, 0), np.int64), np.zeros((batch, 0), bool)
             self.next_pos, self.seen_image = np.zeros(batch, np.int64), np.zeros(batch, bool)
-        if self.variant != variant:
-            raise ViCAError(f"past_key_values were made by variant {self.variant!r}, the model is {variant!r}")
+        if self.wiring[0] != variant:
+            raise ViCAError(f"past_key_values were made by variant {self.wiring[0]!r}, the model is {variant!r}")
+        if self.wiring[1] != plan:
+            raise ViCAError("past_key_values were made with other t2v_layers or another prefix rule")
         if len(self.ids) != batch:
             raise ViCAError(f"past_key_values hold {len(self.ids)} rows, input_ids {batch}")
 
@@ -92,8 +96,8 @@ class ViCACache(Cache):
 
     def replace_rows(self, other: "ViCACache", rows: np.ndarray) -> None:
         """Takes the K/V of whole rows from a cache of the same tokens, whose holes may lie elsewhere."""
-        mine, theirs = next(iter(self.books.values())).pos, next(iter(other.books.values())).pos
-        for layer, source in zip(self.layers, other.layers):
+        for layer, source, book in zip(self.layers, other.layers, self.layer_books):
+            mine, theirs = self.books[book].pos, other.books[book].pos
             for b in rows:
                 to = torch.from_numpy(np.nonzero(mine[b] >= 0)[0]).to(layer.keys.device)
                 at = torch.from_numpy(np.nonzero(theirs[b] >= 0)[0]).to(layer.keys.device)

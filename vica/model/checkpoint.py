@@ -9,12 +9,13 @@ import logging
 import os
 import pickle
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
 from ..errors import ViCAError
@@ -33,8 +34,9 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def find_folder(path_or_repo: str | os.PathLike, **hub_kwargs) -> Path:
-    """A local folder as it is; else a repository of the Hugging Face hub, from its cache or downloaded."""
+def find_folder(path_or_repo: str | os.PathLike, weights: bool = True, **hub_kwargs) -> Path:
+    """A local folder as it is; else a repository of the Hugging Face hub, from its cache or downloaded (without its
+    weights, if only settings are wanted)."""
     folder = Path(path_or_repo)
     if folder.is_dir():
         return folder
@@ -43,7 +45,7 @@ def find_folder(path_or_repo: str | os.PathLike, **hub_kwargs) -> Path:
     try:
         found = snapshot_download(str(path_or_repo), allow_patterns=SMALL_FILES, **hub_kwargs)
         kinds = ("*.safetensors", "*.bin")
-        for kind in kinds:
+        for kind in kinds if weights else ():
             if not any(Path(found).glob(kinds[0])):
                 snapshot_download(str(path_or_repo), allow_patterns=[kind], **hub_kwargs)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -52,13 +54,24 @@ def find_folder(path_or_repo: str | os.PathLike, **hub_kwargs) -> Path:
     return Path(found)
 
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+def pop_hub_arguments(kwargs: dict) -> dict:
+    hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+    return {k: v for k, v in hub.items() if v is not None}
+
+
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ViCAError(f"{path.parent} holds no {path.name}") from None
     except (OSError, ValueError) as error:
         raise ViCAError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ViCAError(f"{path} holds a {type(content).__name__}, not a table of settings")
+    return content
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -83,14 +96,14 @@ def apply_settings(
     freeze_prefix=None,
     recipe: str | os.PathLike | None = None,
 ) -> ViCAConfig:
-    """The caller's wishes on top of a checkpoint's settings. Layers: argument, then T2V_LAYERS, then `recipe` (a file
-    of configs/), then the checkpoint."""
+    """The caller's wishes on top of a checkpoint's settings. Layers: argument, then `recipe` (a file of configs/), then
+    T2V_LAYERS, then the checkpoint."""
     if config.vision_config is None and config.mm_vision_tower:
         config.vision_config = tower_config(config.mm_vision_tower)
         config.mm_hidden_size = config.vision_config.hidden_size
     if recipe is not None:
         named = read_json(Path(recipe))
-        config.t2v_layers = named.get("t2v_layers", config.t2v_layers)
+        t2v_layers = named.get("t2v_layers") if t2v_layers is None else t2v_layers
         config.freeze_prefix = named.get("freeze_prefix", config.freeze_prefix)
     config.variant = variant or config.variant
     config.freeze_prefix = config.freeze_prefix if freeze_prefix is None else freeze_prefix
@@ -113,7 +126,15 @@ def tower_config(name: str):
     """The tower's own config: from its folder or repository, or known by name so that none need be fetched."""
     if name in layouts.KNOWN_TOWERS:
         return AutoConfig.for_model(**layouts.KNOWN_TOWERS[name])
-    config = AutoConfig.from_pretrained(find_folder(name))
+    base = name.rstrip("/").rsplit("/", 1)[-1]
+    known = next((sizes for public, sizes in layouts.KNOWN_TOWERS.items() if public.endswith("/" + base)), None)
+    if known is not None and not Path(name).is_dir():  # somebody's private copy
+        return AutoConfig.for_model(**known)
+    try:
+        config = AutoConfig.from_pretrained(find_folder(name, weights=False))
+    except Exception as error:  # our own errors, and whatever transformers raises at a broken config
+        reason = " ".join(str(error).split())[:200]
+        raise ViCAError(f"the vision tower {name!r} that the checkpoint names cannot be read: {reason}") from error
     return getattr(config, "vision_config", config)
 
 
@@ -143,8 +164,9 @@ def read_file(path: Path) -> dict[str, torch.Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except pickle.UnpicklingError as error:
         raise ViCAError(f"{path} is refused: it holds more than weights, or is damaged") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ViCAError(f"{path} is damaged or cut short: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a cut file makes the unpickler raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ViCAError(f"{path} is damaged or cut short: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(x, torch.Tensor) for x in weights.values()):
         raise ViCAError(f"{path} is refused: it is not a table of tensors")
     return weights
@@ -185,8 +207,8 @@ def read_tower(name: str) -> dict[str, torch.Tensor]:
 def check_weights(model_class, config: ViCAConfig, weights: dict[str, torch.Tensor], source) -> None:
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in model_class(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight"))
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     missing = sorted(wanted.keys() - weights.keys())
     unused = sorted(weights.keys() - wanted.keys())
     shapes = [
@@ -232,13 +254,16 @@ def load_projector(model, path: str | os.PathLike) -> None:
 # --- loading a whole model ----------------------------------------------------------------------------------------
 
 
-def check_device(device: str | torch.device | None) -> torch.device:
+def check_device(given: str | torch.device | None) -> torch.device:
+    device = given
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise ViCAError(f"device is {device!r}; give cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ViCAError(f"device is {str(device or given)!r}; give cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ViCAError(
             f"device is {str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
@@ -256,7 +281,13 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_json(file))
+    except (ValueError, TypeError) as error:
+        raise ViCAError(f"{file} is no generation config: {' '.join(str(error).split())}") from error
 
 
 # --- conversion ---------------------------------------------------------------------------------------------------
@@ -274,9 +305,18 @@ def convert(
     config.dtype = weights["model.embed_tokens.weight"].dtype
     config.architectures = [model_class.__name__]
 
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as work:
+        partial = Path(work) / "checkpoint"
+        partial.mkdir()
+        write_all(partial, source, config, weights, to, processor, image_token)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    return target
+
+
+def write_all(partial: Path, source: Path, config: ViCAConfig, weights: dict, to: str, processor, image_token) -> None:
     write_layout(partial, config, weights, to, image_token)
     if processor is not None:
         processor.save_pretrained(partial)
@@ -285,10 +325,6 @@ def convert(
             shutil.copyfile(vocabulary, partial / vocabulary.name)
     if (generation := generation_config(source)) is not None:
         generation.save_pretrained(partial)
-    if target.is_dir():
-        target.rmdir()
-    partial.rename(target)
-    return target
 
 
 def write_layout(

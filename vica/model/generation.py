@@ -10,6 +10,12 @@ from .tokens import check_image_count
 
 
 class ViCAGeneration(GenerationMixin):
+    def generate(self, *args, streamer=None, **kwargs):
+        """transformers' own."""
+        if streamer is not None:
+            kwargs["streamer"] = TextOnlyStreamer(streamer)
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ViCAError(f"cache_implementation {generation_config.cache_implementation!r} is not supported")
@@ -36,17 +42,21 @@ class ViCAGeneration(GenerationMixin):
         )
         for name in ("pixel_values", "image_features"):
             images = kwargs.get(name)
-            if images is not None:
+            if images is not None and not is_first_iteration and kwargs.get("use_cache", True):
+                inputs[name] = None  # a placeholder among generated tokens was uttered by the model: it is text
+            elif images is not None:
                 inputs[name] = self._images_of_new_columns(input_ids, inputs["input_ids"], images)
         return inputs
 
     def _images_of_new_columns(self, all_ids, new_ids, images):
         """The whole conversation's images may be given again with a cache that holds the first of them."""
         is_image = all_ids == self.config.image_token_index
-        new = int((new_ids == self.config.image_token_index).sum())
+        total, new = int(is_image.sum()), int((new_ids == self.config.image_token_index).sum())
+        if len(images) not in (new, total):
+            check_image_count(total, len(images))
         if new == 0:
             return None
-        if len(images) == new or len(images) != int(is_image.sum()):
+        if len(images) == new:
             return images
         columns = torch.arange(all_ids.shape[1], device=all_ids.device) >= all_ids.shape[1] - new_ids.shape[1]
         keep = columns.expand_as(is_image)[is_image].nonzero().flatten().tolist()
@@ -59,7 +69,18 @@ class ViCAGeneration(GenerationMixin):
 
 class TextOnlyProcessors(LogitsProcessorList):
     def __call__(self, input_ids, scores, **kwargs):
-        return super().__call__(input_ids.clamp(min=0), scores, **kwargs)
+        first_text = input_ids.gather(1, (input_ids >= 0).int().argmax(1, keepdim=True))
+        return super().__call__(torch.where(input_ids < 0, first_text, input_ids), scores, **kwargs)
+
+
+class TextOnlyStreamer:
+    """Tokenizers cannot decode a placeholder, and streamers are handed the prompt first."""
+
+    def __init__(self, streamer):
+        self.streamer, self.end = streamer, streamer.end
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(value[value >= 0].view(*value.shape[:-1], -1))
 
 
 def repeat_by_row(items: list, per_row: list[int], times: int) -> list:

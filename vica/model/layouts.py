@@ -9,9 +9,14 @@ Everything here is a pure function on dicts and names; files are checkpoint.py's
 
 import re
 
+from transformers import AutoConfig
+
 from ..errors import ViCAError
 
 LLAVA_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_qwen2", "llava")
+
+# The backbone that a flat config's model_type implies.
+BACKBONES = {"llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 
 # Fields of ViCAConfig that config.json holds as they are.
 OWN_FIELDS = (
@@ -90,11 +95,15 @@ def read_config(config_dict: dict) -> dict:
 
 def _read_flat(config_dict: dict) -> dict:
     refuse_unsupported(config_dict)
+    alias = config_dict.pop("vision_tower", None)  # LLaVA reads either
     known = {k: config_dict.pop(k) for k in OWN_FIELDS + COMMON_FIELDS if k in config_dict}
+    tower = known.get("mm_vision_tower") or alias
+    known["mm_vision_tower"] = tower[0] if isinstance(tower, list) else tower
     vision_config = config_dict.pop("vision_config", None)
     known.setdefault("mm_projector_type", "linear")  # LLaVA's own default
     known.setdefault("image_aspect_ratio", None)
     text_config = {k: v for k, v in config_dict.items() if not k.startswith(LLAVA_ONLY)}
+    text_config["model_type"] = BACKBONES.get(config_dict.get("model_type"), "llama")
     return {**known, "model_type": "vica", "text_config": llama_shape(text_config), "vision_config": vision_config}
 
 
@@ -131,6 +140,8 @@ def llama_shape(text: dict) -> dict:
     """A Llama, Mistral or Qwen2 config as fields of TextConfig."""
     refuse_unsupported(text)
     model_type = text.get("model_type", "llama")
+    if model_type in ("mistral", "qwen2"):  # fields that are not written mean that family's defaults
+        text = AutoConfig.for_model(**text).to_dict()
     window = text.get("sliding_window")
     if window and window < text.get("max_position_embeddings", 0) and text.get("use_sliding_window", True):
         raise ViCAError(f"sliding_window is {window}: sliding-window attention is not supported")
@@ -145,7 +156,8 @@ def refuse_unsupported(config_dict: dict) -> None:
     for key, what in UNSUPPORTED.items():
         if config_dict.get(key):
             raise ViCAError(f"the checkpoint's config sets {key}: {what} are not supported")
-    if config_dict.get("image_aspect_ratio") == "anyres" or "unpad" in (config_dict.get("mm_patch_merge_type") or ""):
+    tiling = str(config_dict.get("mm_patch_merge_type") or "flat")
+    if str(config_dict.get("image_aspect_ratio")).startswith("anyres") or tiling != "flat":
         raise ViCAError("the checkpoint tiles its images (anyres, LLaVA 1.6); only one view an image is supported")
 
 
@@ -158,6 +170,8 @@ def flat_config(config, saved: dict) -> dict:
     vision = config.vision_config.to_diff_dict() if config.vision_config is not None else None
     # LLaVA asks whether mm_vision_tower is there at all, not whether it is null.
     own = {k: getattr(config, k) for k in OWN_FIELDS if getattr(config, k) is not None}
+    if "mm_vision_tower" not in own and (name := known_tower(config)):
+        own["mm_vision_tower"] = name
     common = {k: saved[k] for k in COMMON_FIELDS if saved.get(k) is not None}
     return {**text, **own, **common, **FOR_LLAVA, "model_type": "vica", "vision_config": vision}
 
@@ -174,8 +188,7 @@ def old_rope(rope: dict) -> dict:
 def llava_config(config) -> dict:
     """config.json that LLaVA's own code reads as one of its models, and ours reads with its wiring."""
     flat = config.to_diff_dict()
-    named = {"mm_vision_tower": name} if (name := config.mm_vision_tower or known_tower(config)) else {}
-    return {**flat, **named, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+    return {**flat, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
 
 
 def known_tower(config) -> str | None:

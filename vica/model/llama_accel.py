@@ -36,6 +36,7 @@ class AccelFlow:
     def _enter_books(self) -> dict[str, tuple[tuple[int, int], torch.Tensor | None]]:
         """Each book's new entries as rows of [hidden; frozen]: their shape [B, S] and index, none where they lie in
         order already, as in decoding. Holes point at row 0 and are never seen."""
+        self.call.cache.layer_books = [self.routes[p].book for p in self.call.plan]
         entries = {}
         for route in self.routes.values():
             if route.book not in entries:

@@ -33,6 +33,8 @@ class MaskFlow:
         self.visual = self.call.tensor(tokens.visual[at] & ~self.padding)[..., None]
         self.prefix = self.call.tensor(tokens.prefix[at] & ~self.padding)[..., None]
         book = cache.book("all") if cache is not None else Book.empty(tokens.batch)
+        if cache is not None:
+            cache.layer_books = ["all"] * len(call.plan)
         book.append(tokens, np.ones(len(tokens), bool))
         self.k_pos, self.k_visual = book.pos, book.visual
         self.masks = {sees: self._mask(sees) for sees in {p.text_sees_visual for p in call.plan}}

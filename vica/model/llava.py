@@ -31,7 +31,6 @@ FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
 IGNORE = -100
 # Arguments of transformers' models that would be lost without a word among forward's **kwargs.
 NOT_TAKEN = ("inputs_embeds", "position_ids", "output_attentions", "cache_position")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 class ViCAPreTrainedModel(PreTrainedModel):
@@ -83,7 +82,7 @@ class ViCAModel(ViCAPreTrainedModel):
         if features:
             self.config.require_layers()
         if cache is not None:
-            cache.open(len(ids), self.config.variant)
+            cache.open(len(ids), self.config.variant, self.config.plan)
         valid = new_columns(attention_mask, cache, ids.shape)
         tokens = expand(
             ids,
@@ -121,7 +120,7 @@ class ViCAModel(ViCAPreTrainedModel):
         width = self.embed_tokens.embedding_dim
         features = list(image_features) if image_features is not None else []
         for i, x in enumerate(features):
-            if x.dim() != 2 or x.shape[1] != width:
+            if x.dim() != 2 or x.shape[1] != width or not len(x):
                 raise ViCAError(
                     f"image_features[{i}] is {list(x.shape)}; it must be [tokens, {width}], already projected"
                 )
@@ -147,7 +146,7 @@ class ViCAModel(ViCAPreTrainedModel):
         past = expand(cache.ids, valid, [], self.config.image_token_index)
         past.prefix[:] = True
         scratch = ViCACache(len(self.layers))
-        scratch.open(len(rows), self.config.variant)
+        scratch.open(len(rows), self.config.variant, self.config.plan)
         ids = torch.from_numpy(cache.ids).to(self.embed_tokens.weight.device)
         self._run(past, ids, self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim), scratch)
         cache.replace_rows(scratch, np.nonzero(rows)[0])
@@ -201,8 +200,9 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             return super().from_pretrained(
                 None, *args, config=config, output_loading_info=output_loading_info, **kwargs
             )
-        hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
-        folder = checkpoint.find_folder(path_or_repo, **{k: v for k, v in hub.items() if v is not None})
+        if kwargs.pop("subfolder", None):
+            raise ViCAError("subfolder is not supported; give the folder itself")
+        folder = checkpoint.find_folder(path_or_repo, **checkpoint.pop_hub_arguments(kwargs))
         settings = dict(variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe)
         if config is None:
             config = checkpoint.read_config(folder, **settings)
@@ -261,7 +261,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         """`logits` is [B, T, vocab] row for row with `input_ids`, zero at placeholders and padding; with
         `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands."""
         if refused := [k for k in NOT_TAKEN if kwargs.get(k) is not None and kwargs[k] is not False]:
-            raise ViCAError(f"forward takes no {', '.join(refused)}: positions and embeddings follow from input_ids")
+            raise ViCAError(f"forward takes no {', '.join(refused)}")
         if pixel_values is not None and image_features is not None:
             raise ViCAError("give pixel_values or image_features, not both")
         if pixel_values is not None:
@@ -299,6 +299,10 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
 
     def _loss(self, logits, labels, tokens: Tokens, num_items) -> torch.Tensor:
         """Next-token loss where both the row and its target are text: placeholders and padding carry none."""
+        if tuple(labels.shape) != (tokens.batch, tokens.columns):
+            raise ViCAError(
+                f"labels are {list(labels.shape)}; like input_ids they must be {[tokens.batch, tokens.columns]}"
+            )
         is_text = torch.zeros(tokens.batch * tokens.columns, dtype=torch.bool, device=logits.device)
         is_text[text_columns(tokens, logits.device)] = True
         is_text = is_text.view(tokens.batch, tokens.columns)
