@@ -46,6 +46,21 @@ def test_pixels(model):
         tiny_model()(ids, pixel_values=torch.zeros(1, 3, 28, 28))
 
 
+def test_generate_drops_no_image(model):
+    with pytest.raises(vica.ViCAError, match="hold 0 image placeholders, but 2 images"):
+        model.generate(torch.tensor([[5, 6]]), image_features=features(3, 3), max_new_tokens=1)
+
+
+def test_features_without_tokens(model):
+    with pytest.raises(vica.ViCAError, match=r"image_features\[0\] is \[0, 32\]"):
+        model(torch.tensor([[5, IMAGE, 6]]), image_features=features(0))
+
+
+def test_labels_of_another_shape(model):
+    with pytest.raises(vica.ViCAError, match=r"labels are \[1, 2\]; like input_ids they must be \[1, 4\]"):
+        model(torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6]]))
+
+
 @pytest.mark.parametrize("name", ["inputs_embeds", "position_ids", "output_attentions"])
 def test_what_forward_does_not_take_is_not_swallowed(model, name):
     with pytest.raises(vica.ViCAError, match=f"forward takes no {name}"):

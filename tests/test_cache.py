@@ -52,6 +52,14 @@ def test_a_cache_of_another_variant_is_refused():
         model(torch.tensor([[4]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("change", [dict(t2v_layers=[1, 2]), dict(freeze_prefix=False)], ids=str)
+def test_a_cache_of_another_wiring_is_refused(change):
+    model, cache = prefill("accel")
+    model.set_variant(**change)
+    with pytest.raises(vica.ViCAError, match="other t2v_layers or another prefix rule"):
+        model(torch.tensor([[4]]), past_key_values=cache)
+
+
 def test_a_cache_of_another_kind_or_size_is_refused():
     model, cache = prefill("accel")
     with pytest.raises(vica.ViCAError, match="DynamicCache"):

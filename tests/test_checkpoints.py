@@ -21,6 +21,7 @@ from transformers import (
 import vica
 from tests.builders import VOCAB, Row, assert_close, batch, image, tiny_model, tiny_vision
 from vica.model import checkpoint, layouts
+from vica.toy import model as toy
 
 LAYERS = [0, 2]
 load = partial(vica.load, device="cpu")
@@ -409,3 +410,71 @@ def test_a_known_tower_is_named_for_llava():
     sizes = layouts.KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
     config = vica.ViCAConfig(text_config=dict(num_hidden_layers=2), t2v_layers=[0], vision_config=sizes)
     assert layouts.llava_config(config)["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama", "llava_mistral", "llava_qwen"])
+def test_every_model_type_that_llava_wrote(tmp_path, weights, model_type):
+    shape = {"hidden_size": 32, "rope_theta": 1e4, "sliding_window": None}
+    config = {**FLAT, **shape, "model_type": model_type, "vision_config": tiny_vision()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = checkpoint.read_config(tmp_path, t2v_layers=LAYERS)
+    text = read.text_config
+    assert (text.attention_bias, text.attention_out_bias) == (("qwen" in model_type), False)
+    assert text.num_key_value_heads == 2 and text.hidden_size == 32
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14-336", "/mine/clip-vit-large-patch14-336", ["x", "y"]])
+def test_forms_of_the_towers_name(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({**FLAT, "mm_vision_tower": name}))
+    if isinstance(name, list):
+        fails_to_read = pytest.raises(vica.ViCAError, match="the vision tower 'x' that the checkpoint names")
+        with fails_to_read:
+            checkpoint.read_config(tmp_path, t2v_layers=LAYERS)
+    else:
+        config = checkpoint.read_config(tmp_path, t2v_layers=LAYERS)
+        assert (config.vision_config.image_size, config.mm_hidden_size) == (336, 1024)
+
+
+def test_hub_arguments_reach_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda repo, **kwargs: asked.append(kwargs) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vica.load("someone/model", revision="v1", token="t", cache_dir="c")
+    assert {k: asked[0][k] for k in ("revision", "token", "cache_dir")} == dict(revision="v1", token="t", cache_dir="c")
+    with pytest.raises(vica.ViCAError, match="subfolder"):
+        vica.load(Path(__file__).parent, subfolder="x")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer.json", "processor_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_damaged_settings_are_named(tmp_path, name, content):
+    toy.save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(vica.ViCAError) as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pickle_cut_anywhere_is_damaged(tmp_path, weights):
+    folder = write_llava(tmp_path / "m", {k: v for k, v in weights.items() if "norm" in k}, "legacy bin")
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    for length in [0, 1, 10, *range(50, len(whole) - 1, len(whole) // 25)]:
+        (folder / "pytorch_model.bin").write_bytes(whole[:length])
+        fails(folder, "pytorch_model.bin is (damaged|refused)")
+
+
+def test_a_file_of_configs_goes_before_the_environment(tmp_path, original, monkeypatch):
+    original.save_pretrained(tmp_path / "m")
+    (tmp_path / "recipe.json").write_text(json.dumps(dict(t2v_layers=[3], freeze_prefix=False)))
+    monkeypatch.setenv("T2V_LAYERS", "[1]")
+    config = load(tmp_path / "m", recipe=tmp_path / "recipe.json")[0].config
+    assert (config.t2v_layers, config.freeze_prefix) == ([3], False)
+
+
+def test_conversion_touches_nothing_beside_its_target(tmp_path, original):
+    original.save_pretrained(tmp_path / "m")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("keep")
+    vica.convert(tmp_path / "m", tmp_path / "out", "llava")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out", "out.partial"]
+    assert (tmp_path / "out.partial" / "mine").read_text() == "keep"

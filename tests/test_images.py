@@ -194,3 +194,8 @@ def test_pad_to_square(height, width, top, left):
     expected[top : top + height, left : left + width] = pixels
     padded = pad_to_square(Image.fromarray(pixels), (122, 116, 104))
     np.testing.assert_array_equal(np.asarray(padded), expected)
+
+
+def test_a_thin_long_image_is_not_padded_into_a_bomb():
+    with pytest.raises(ViCAError, match="16000x1 is too long to be padded"):
+        pad_to_square(Image.new("RGB", (16000, 1)), (0, 0, 0))

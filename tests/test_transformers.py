@@ -1,9 +1,17 @@
 """The stock tools work on what we save: AutoProcessor, the pipeline, transformers' own LLaVA after conversion."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    TextStreamer,
+    pipeline,
+)
 
 import vica
 from tests.builders import assert_close
@@ -87,14 +95,13 @@ def test_every_way_to_generate(folder, picture, options):
 
 def test_converted_to_hf_it_is_transformers_llava(folder, picture, tmp_path):
     """Model, tokenizer and processor: the same question through transformers alone."""
-    square = picture.resize((336, 336))  # transformers crops where we pad; a square is the same for both
     vica.convert(folder, tmp_path / "hf", "hf")
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     their_inputs = AutoProcessor.from_pretrained(tmp_path / "hf")(
-        images=square, text=f"USER: <image>\n{QUESTION} ASSISTANT:", return_tensors="pt"
+        images=picture, text=f"USER: <image>\n{QUESTION} ASSISTANT:", return_tensors="pt"
     )
     model, processor = vica.load(tmp_path / "hf", variant="dense", device="cpu")
-    inputs = processor(images=square, text=f"USER: <image>\n{QUESTION} ASSISTANT:")
+    inputs = processor(images=picture, text=f"USER: <image>\n{QUESTION} ASSISTANT:")
     assert processor.image_token_index == model.config.image_token_index == theirs.config.image_token_id
     with torch.no_grad():
         want, got = theirs(**their_inputs).logits[:, -5:], model(**inputs).logits[:, -5:]
@@ -118,3 +125,44 @@ def test_the_placeholder_in_hf_is_the_tokenizers_own(tmp_path):
     model, processor = vica.load(tmp_path / "hf", device="cpu")
     assert model.config.image_token_index == processor.tokenizer.convert_tokens_to_ids("<image>") == 400
     assert model.config.text_config.vocab_size == 448
+
+
+def test_streamers_of_transformers_take_prompts_with_images(folder, picture, capsys):
+    model, processor = vica.load(folder, device="cpu")
+    inputs = processor.ask(QUESTION, [picture])
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False, streamer=TextStreamer(processor.tokenizer))
+    printed = capsys.readouterr().out
+    assert QUESTION in printed and printed.strip().endswith(processor.decode(out[0, -3:]).strip())
+
+
+def test_processors_see_only_words_of_the_prompt(folder, picture):
+    """A placeholder is no token: the repetition penalty must not count it as one."""
+    model, processor = vica.load(folder, device="cpu")
+    options = dict(max_new_tokens=1, output_scores=True, output_logits=True, return_dict_in_generate=True)
+    inputs = processor.ask(QUESTION, [picture])
+    out = model.generate(**inputs, repetition_penalty=5.0, do_sample=False, **options)
+    words = torch.zeros(400, dtype=torch.bool)
+    words[inputs["input_ids"][inputs["input_ids"] >= 0]] = True
+    changed = out.scores[0][0] != out.logits[0][0]
+    assert torch.equal(changed, words & (out.logits[0][0] != 0))
+
+
+def test_a_saved_image_processor_is_obeyed(folder, picture, tmp_path):
+    vica.convert(folder, tmp_path / "hf", "hf")
+    path = tmp_path / "hf" / "processor_config.json"
+    saved = json.loads(path.read_text())
+    saved["image_processor"] |= dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, do_pad=False)
+    path.write_text(json.dumps(saved))
+    processor = vica.load(tmp_path / "hf", device="cpu")[1]
+    assert processor.image_mode == "crop" and list(processor.image_processor.image_mean) == [0.5] * 3
+
+
+def test_a_placeholder_that_the_model_utters_is_text(folder, picture, tmp_path):
+    """In the hf layout the placeholder is a word. transformers embeds it like any other, and so do we."""
+    vica.convert(folder, tmp_path / "hf", "hf")
+    model, processor = vica.load(tmp_path / "hf", device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight[model.config.image_token_index] = 1e3 * model.lm_head.weight.abs().mean()
+    for beams in (1, 2):
+        out = model.generate(**processor.ask(QUESTION, [picture]), max_new_tokens=4, num_beams=beams, do_sample=False)
+        assert out.shape[1] > 4

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from transformers import LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .data.processor import ViCAProcessor
 from .data.tokenizer import add_image_token, load_tokenizer
@@ -66,7 +67,14 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         log.warning("%s holds no tokenizer: the model comes without a processor", folder)
         return None
-    return ViCAProcessor.from_config(config, load_tokenizer(folder))
+    processor = ViCAProcessor.from_config(config, load_tokenizer(folder))
+    if (settings := saved_image_settings(folder)) is not None and processor.image_processor is not None:
+        padded = settings.pop("do_pad", None)
+        mode = processor.image_mode if padded is None else "pad" if padded else "crop"
+        processor = ViCAProcessor(
+            settings, processor.tokenizer, processor.conversation, mode, processor.image_token_index
+        )
+    return processor
 
 
 def convert(source, target, to: str, **settings) -> Path:
@@ -83,16 +91,29 @@ def convert(source, target, to: str, **settings) -> Path:
 
 
 def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:
-    """transformers' processor for the same tokens. It knows no padding to a square: its images are cropped."""
+    """transformers' processor for the same tokens and pixels."""
     tokenizer = copy.deepcopy(processor.tokenizer)
     add_image_token(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    vision = config.vision_config
+    images, vision = processor.image_processor, config.vision_config
+    if processor.image_mode == "pad":
+        settings = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
+        images = LlavaImageProcessorPil(**settings, do_pad=True)
     return LlavaProcessor(
-        processor.image_processor,
+        images,
         tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default" if layouts.drops_class_token(config) else "full",
         num_additional_image_tokens=layouts.CLASS_TOKENS.get(vision.model_type, 0),
     )
+
+
+def saved_image_settings(folder: Path) -> dict | None:
+    """What transformers saved of an image processor, in either of its files."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            saved = checkpoint.read_json(folder / name)
+            if settings := saved.get("image_processor", saved if "image_processor_type" in saved else None):
+                return dict(settings)
+    return None

@@ -23,7 +23,11 @@ from .tokenizer import IMAGE_MARK, load_tokenizer, restore_llama_ids, tokenize_p
 IMAGE_MODES = ("pad", "resize", "crop")
 _MODE_OF_ASPECT_RATIO = {"pad": "pad", "resize": "resize", "crop": "crop", "square": "crop", None: "crop"}
 # By the type that transformers saves, which is the same for its PIL and its torchvision backends.
-_PIL_PROCESSORS = {"CLIPImageProcessor": CLIPImageProcessorPil, "SiglipImageProcessor": SiglipImageProcessorPil}
+_PIL_PROCESSORS = {
+    "CLIPImageProcessor": CLIPImageProcessorPil,
+    "LlavaImageProcessor": CLIPImageProcessorPil,  # which pads to a square first: our image mode
+    "SiglipImageProcessor": SiglipImageProcessorPil,
+}
 _CALL_OPTIONS = ("padding", "padding_side", "return_tensors", "add_special_tokens", "truncation", "max_length")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
