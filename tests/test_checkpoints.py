@@ -20,6 +20,7 @@ from transformers import (
 
 import vica
 from tests.builders import VOCAB, Row, assert_close, batch, image, tiny_model, tiny_vision
+from vica.loading import check_device
 from vica.model import checkpoint, layouts
 from vica.toy import model as toy
 
@@ -377,7 +378,7 @@ def test_no_such_device_or_dtype(tmp_path, original):
         vica.load(tmp_path, device=absent)
     with pytest.raises(vica.ViCAError, match="dtype is 'int8'"):
         load(tmp_path, dtype="int8")
-    assert checkpoint.check_device("cpu").type == "cpu"
+    assert check_device("cpu").type == "cpu"
 
 
 ROPES = {

@@ -51,18 +51,11 @@ def loss_and_gradients(model, inputs, labels, checkpointing: bool):
     loss.backward()
     model.eval()
     gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, [x.grad for x in features]
+    return loss.detach(), gradients, [torch.zeros_like(x) if x.grad is None else x.grad for x in features]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("rule", PREFIX_RULES)
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "layout", ["unequal numbers of images", "ragged lengths", "image first", "image last", "no image", "uniform"]
-)
-def test_loss_and_every_gradient(layout, side, rule, checkpointing):
-    trained = tiny_model(mm_hidden_size=32, t2v_layers=[0, 3], freeze_prefix=rule)
-    inputs = batch(LAYOUTS[layout], side)
+def assert_same_training(trained, inputs, checkpointing: bool) -> dict:
+    """Loss, gradients of all weights and of the features; returns mask's gradients."""
     labels = inputs["input_ids"].clone()  # placeholders and padding among them: they must not count
     results = {}
     for variant, saved in (("mask", False), ("accel", checkpointing)):
@@ -74,9 +67,36 @@ def test_loss_and_every_gradient(layout, side, rule, checkpointing):
         zero = torch.zeros_like(trained.get_parameter(name))
         assert_close(got.get(name, zero), want.get(name, zero), what=name)
     for g, w in zip(got_inputs, want_inputs):
-        assert_close(g, torch.zeros_like(g) if w is None else w, what="features")
+        assert_close(g, w, what="features")
+    return want
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("rule", PREFIX_RULES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "layout", ["unequal numbers of images", "ragged lengths", "image first", "image last", "no image", "uniform"]
+)
+def test_loss_and_every_gradient(layout, side, rule, checkpointing):
+    trained = tiny_model(mm_hidden_size=32, t2v_layers=[0, 3], freeze_prefix=rule)
+    want = assert_same_training(trained, batch(LAYOUTS[layout], side), checkpointing)
     if layout == "ragged lengths":
         assert want["model.mm_projector.0.weight"].abs().max() > 1e-4, "the projector learns"
+
+
+@settings(max_examples=50)
+@given(
+    rows=st.lists(st.lists(parts, min_size=1, max_size=4), min_size=1, max_size=3),
+    side=st.sampled_from(["left", "right"]),
+    layers=st.lists(st.integers(0, 3), unique=True),
+    rule=rules,
+    kv_heads=st.sampled_from([1, 2, 4]),
+    checkpointing=st.booleans(),
+)
+def test_training_in_any_layout(rows, side, layers, rule, kv_heads, checkpointing):
+    shape = dict(num_key_value_heads=kv_heads, attention_bias=True)
+    trained = tiny_model(mm_hidden_size=32, t2v_layers=layers, freeze_prefix=rule, text_config=shape)
+    assert_same_training(trained, batch([Row(tuple(p), i) for i, p in enumerate(rows)], side), checkpointing)
 
 
 def test_loss_counts_only_text_that_follows_text():
@@ -124,13 +144,14 @@ def test_checkpointing_drops_the_cache(caplog):
     assert "use_cache=False" in caplog.text
 
 
+@pytest.mark.parametrize("layers", LAYER_SETS, ids=str)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "layout", ["unequal numbers of images", "ragged lengths", "two images", "no image", "text beside image"]
 )
-def test_generated_tokens(model, layout, side, beams):
-    model.set_variant("mask", [0, 2, 5], True)
+def test_generated_tokens(model, layout, layers, side, beams):
+    model.set_variant("mask", LAYER_SETS[layers], side == "left")
     inputs = batch(LAYOUTS[layout], side)
     outs = []
     for variant in ("mask", "accel"):

@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+import torch
 from transformers import LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -13,6 +14,7 @@ from .data.tokenizer import add_image_token, load_tokenizer
 from .errors import ViCAError
 from .model import checkpoint, layouts
 from .model.config import ViCAConfig
+from .model.convert import convert as rewrite
 from .model.llava import ViCAForConditionalGeneration
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def load(
     """Layers: `t2v_layers`, then T2V_LAYERS, then `recipe` (a file of configs/), then the checkpoint.
     `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-    device, dtype = checkpoint.check_device(device), checkpoint.check_dtype(dtype)
+    device, dtype = check_device(device), check_dtype(dtype)
     folder = checkpoint.find_folder(path_or_repo, **checkpoint.pop_hub_arguments(kwargs))
     model = ViCAForConditionalGeneration.from_pretrained(
         folder,
@@ -47,6 +49,31 @@ def load(
     )
     model.config.name_or_path = str(path_or_repo)
     return model.to(device).eval(), load_processor(folder, model.config)
+
+
+def check_device(given: str | torch.device | None) -> torch.device:
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ViCAError(f"device is {str(given)!r}; give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ViCAError(
+            f"device is {str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ViCAError(f"dtype is {dtype!r}; it must be auto, {', '.join(known)}")
+    return known[dtype]
 
 
 def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
@@ -87,7 +114,7 @@ def convert(source, target, to: str, **settings) -> Path:
     if to == "hf" and processor is not None and config.vision_config is not None:
         processor = hf_processor(processor, config)
         image_token = processor.image_token_id
-    return checkpoint.convert(ViCAForConditionalGeneration, folder, target, to, config, processor, image_token)
+    return rewrite(ViCAForConditionalGeneration, folder, target, to, config, processor, image_token)
 
 
 def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:

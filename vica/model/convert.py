@@ -1,0 +1,87 @@
+"""Rewriting a checkpoint in another of the three layouts."""
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from ..errors import ViCAError
+from . import checkpoint, layouts
+from .config import ViCAConfig
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+    model_class, source: Path, target, to: str, config: ViCAConfig, processor=None, image_token: int | None = None
+) -> Path:
+    """Rewrites a checkpoint in another layout, weights bit for bit. The target appears whole or not at all.
+    `image_token`: the placeholder's id in the hf layout, where `processor` already has one."""
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ViCAError(f"{target} exists and is not empty; nothing is overwritten")
+    weights = checkpoint.read_checkpoint(model_class, source, config)
+    config.dtype = weights["model.embed_tokens.weight"].dtype
+    config.architectures = [model_class.__name__]
+
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as work:
+        partial = Path(work) / "checkpoint"
+        partial.mkdir()
+        write_all(partial, source, config, weights, to, processor, image_token)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    return target
+
+
+def write_all(partial: Path, source: Path, config: ViCAConfig, weights: dict, to: str, processor, image_token) -> None:
+    write_layout(partial, config, weights, to, image_token)
+    if processor is not None:
+        processor.save_pretrained(partial)
+        vocabulary = source / "tokenizer.model"  # LLaVA's loader reads nothing else, and LlavaProcessor leaves it out
+        if vocabulary.is_file() and not (partial / vocabulary.name).exists():
+            shutil.copyfile(vocabulary, partial / vocabulary.name)
+    if (generation := checkpoint.generation_config(source)) is not None:
+        generation.save_pretrained(partial)
+
+
+def write_layout(
+    folder: Path, config: ViCAConfig, weights: dict[str, torch.Tensor], to: str, image_token: int | None
+) -> None:
+    if config.tie_word_embeddings:
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+    if to == "hf":
+        settings, weights = to_hf(config, weights, image_token)
+    elif to == "llava":
+        settings = layouts.llava_config(config)
+        if "mm_vision_tower" not in settings:
+            log.warning("the config names no mm_vision_tower: LLaVA's own loader needs one, set it in config.json")
+    else:
+        settings = config.to_diff_dict()
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_torch_state_dict(weights, folder, max_shard_size=checkpoint.SHARD_SIZE)
+
+
+def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor], image_token: int | None):
+    tower = config.vision_config.model_type if config.vision_config is not None else None
+    if tower not in layouts.CLASS_TOKENS or config.mm_projector_type != "mlp2x_gelu":
+        raise ViCAError("the hf layout holds a CLIP or SigLIP tower and an mlp2x_gelu projector; this model lacks one")
+    vocab = config.text_config.vocab_size
+    if image_token is None:
+        image_token = config.image_token_index if config.image_token_index >= 0 else vocab
+    if image_token >= vocab:  # transformers embeds the placeholder before it replaces it; room for a pad token too
+        vocab = -(-(image_token + 2) // 64) * 64
+    weights = {layouts.hf_name(k): pad_vocabulary(k, v, vocab) for k, v in weights.items()}
+    return layouts.hf_config(config, vocab, image_token), weights
+
+
+def pad_vocabulary(key: str, tensor: torch.Tensor, vocab: int) -> torch.Tensor:
+    if key not in ("model.embed_tokens.weight", "lm_head.weight") or len(tensor) == vocab:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(vocab - len(tensor), -1)])
