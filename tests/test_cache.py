@@ -93,3 +93,17 @@ def test_rows_move_with_all_that_is_known_of_them(change, variant):
     got = model(torch.full((len(order), 1), 7), past_key_values=cache).logits
     fresh = model(**batch([rows[i] for i in order]), use_cache=True).past_key_values
     assert torch.allclose(got, model(torch.full((len(order), 1), 7), past_key_values=fresh).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_placeholder_uttered_before_the_first_image_stays_text():
+    """Its row's prefix is made anew when an image comes, and the word must not be taken for one then."""
+    word = 96
+    model = tiny_model(image_token_index=word, freeze_prefix=True)
+    cache = model(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    model(torch.tensor([[word]]), past_key_values=cache)
+    features = [torch.randn(3, 32, generator=torch.Generator().manual_seed(0))]
+    got = model(torch.tensor([[7, word, 8]]), image_features=features, past_key_values=cache).logits
+    same = tiny_model(freeze_prefix=True)  # the same weights, with a placeholder outside the vocabulary
+    want = same(torch.tensor([[5, 6, word, 7, -200, 8]]), image_features=features).logits[:, -3:]
+    assert torch.allclose(got, want, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The multimodal model: tower, projector and decoder, from ids and images to logits and loss."""
+"""The multimodal model as transformers knows one: loading, saving, rewiring, logits and loss."""
 
 import copy
 import logging
@@ -7,168 +7,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..errors import ViCAError
 from . import checkpoint
-from .attention import Kernel, sdpa_backends
 from .cache import ViCACache
 from .config import ViCAConfig
+from .decoder import ViCAModel, ViCAPreTrainedModel, text_columns
 from .generation import ViCAGeneration
-from .llama import Block, Call, Rotary, run_layers
-from .llama_accel import AccelFlow
-from .llama_mask import MaskFlow
 from .plan import parse_t2v_layers
-from .projector import build_projector
-from .tokens import Tokens, expand
-from .vision import VisionTower
+from .tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
 IGNORE = -100
 # Arguments of transformers' models that would be lost without a word among forward's **kwargs.
 NOT_TAKEN = ("inputs_embeds", "position_ids", "output_attentions", "cache_position")
-
-
-class ViCAPreTrainedModel(PreTrainedModel):
-    config_class = ViCAConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-
-
-class ViCAModel(ViCAPreTrainedModel):
-    """Ids and image features to text hidden states, by the variant that `config.variant` names at the time."""
-
-    def __init__(self, config: ViCAConfig):
-        super().__init__(config)
-        text = config.text_config
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(Block(text, i) for i in range(text.num_hidden_layers))
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.rotary = Rotary(text)
-        if config.vision_config is not None:
-            self.vision_tower = VisionTower(
-                config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
-            )
-        if config.mm_hidden_size is not None:
-            self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, text.hidden_size)
-        self.kernel_name: str | None = None  # a kernel of attention.py by name; None: the best for the device
-        self.post_init()
-
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] to projected features [N, tokens, width]: all that the language model sees of an image."""
-        if not hasattr(self, "vision_tower"):
-            raise ViCAError("this model has no vision tower (vision_config is None): give image_features instead")
-        return self.mm_projector(self.vision_tower(pixel_values))
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_features: list[torch.Tensor] | None = None,
-        cache: ViCACache | None = None,
-        states: list | None = None,
-    ) -> tuple[torch.Tensor, Tokens]:
-        """Normed hidden states of the call's text tokens, [text, width] in reading order, and where they stand."""
-        ids = input_ids.cpu().numpy()
-        features = self._checked_features(image_features)
-        if features:
-            self.config.require_layers()
-        if cache is not None:
-            cache.open(len(ids), self.config.variant, self.config.plan)
-        valid = new_columns(attention_mask, cache, ids.shape)
-        tokens = expand(
-            ids,
-            valid,
-            [len(x) for x in features],
-            self._placeholder(ids, features, cache),
-            *((cache.next_pos, cache.seen_image) if cache is not None else ()),
-        )
-        self._check_vocabulary(ids, valid)
-        if cache is not None:
-            self._replay_prefixes(tokens, cache)
-        visual = (
-            torch.cat(features) if features else self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
-        )
-        hidden = self._run(tokens, input_ids, visual, cache, states)
-        if cache is not None:
-            cache.enter(tokens, ids, valid)
-        return self.norm(hidden), tokens
-
-    def _run(self, tokens: Tokens, input_ids, visual, cache, states=None) -> torch.Tensor:
-        kernel = Kernel(self.kernel_name, self.config._attn_implementation)
-        device = self.embed_tokens.weight.device
-        flow = FLOWS[self.config.variant](Call(self.config.plan, tokens, cache, self.rotary, kernel, device))
-        at = text_columns(tokens, input_ids.device)
-        text = self.embed_tokens(input_ids.flatten()[at].to(device))
-        with sdpa_backends(device):
-            return run_layers(self.layers, flow, text, visual.to(text), states)
-
-    def _placeholder(self, ids: np.ndarray, features: list, cache: ViCACache | None) -> int | None:
-        """Where the placeholder is a word of the vocabulary, generate may utter it: a lone new token is text."""
-        uttered = ids.shape[1] == 1 and not features and cache is not None and cache.get_seq_length() > 0
-        return None if uttered and self.config.image_token_index >= 0 else self.config.image_token_index
-
-    def _checked_features(self, image_features) -> list[torch.Tensor]:
-        width = self.embed_tokens.embedding_dim
-        features = list(image_features) if image_features is not None else []
-        for i, x in enumerate(features):
-            if x.dim() != 2 or x.shape[1] != width or not len(x):
-                raise ViCAError(
-                    f"image_features[{i}] is {list(x.shape)}; it must be [tokens, {width}], already projected"
-                )
-        return features
-
-    def _check_vocabulary(self, ids: np.ndarray, valid: np.ndarray) -> None:
-        text = ids[valid & (ids != self.config.image_token_index)]  # the placeholder may lie outside
-        wrong = text[(text < 0) | (text >= self.embed_tokens.num_embeddings)]
-        if len(wrong):
-            raise ViCAError(
-                f"input_ids hold {wrong[0]}; ids are 0 to {self.embed_tokens.num_embeddings - 1}, "
-                f"and {self.config.image_token_index} for an image"
-            )
-
-    def _replay_prefixes(self, tokens: Tokens, cache: ViCACache) -> None:
-        """Text that went before a row's first image is prefix, but it was computed as plain text while no image was
-        in sight. Where the plan freezes prefixes, its K/V are made again, so that pieces equal the whole."""
-        first_image = np.bincount(tokens.row[tokens.visual], minlength=tokens.batch) > 0
-        rows = first_image & ~cache.seen_image & cache.valid.any(1)
-        if not rows.any() or all(p.prefix_attends for p in self.config.plan):
-            return
-        valid = cache.valid & rows[:, None]
-        past = expand(cache.ids, valid, [], self.config.image_token_index)
-        past.prefix[:] = True
-        scratch = ViCACache(len(self.layers))
-        scratch.open(len(rows), self.config.variant, self.config.plan)
-        ids = torch.from_numpy(cache.ids).to(self.embed_tokens.weight.device)
-        self._run(past, ids, self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim), scratch)
-        cache.replace_rows(scratch, np.nonzero(rows)[0])
-
-
-def text_columns(tokens: Tokens, device) -> torch.Tensor:
-    """Where the text tokens stand in a flattened [B, T]."""
-    text = ~tokens.visual
-    return torch.from_numpy(tokens.row[text] * tokens.columns + tokens.column[text]).to(device)
-
-
-def new_columns(attention_mask: torch.Tensor | None, cache: ViCACache | None, shape: tuple[int, int]) -> np.ndarray:
-    """The call's own columns of the mask, [B, T] bool."""
-    if attention_mask is None:
-        return np.ones(shape, bool)
-    past = cache.get_seq_length() if cache is not None else 0
-    expected = (shape[0], past + shape[1])
-    if tuple(attention_mask.shape) != expected:
-        raise ViCAError(
-            f"attention_mask is {list(attention_mask.shape)}; with a column for each id so far it is {list(expected)}"
-        )
-    return attention_mask[:, past:].cpu().numpy() != 0
 
 
 # GenerationMixin again, because transformers looks for it among the direct bases.
