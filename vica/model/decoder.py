@@ -13,6 +13,7 @@ from .config import ViCAConfig
 from .llama import Block, Call, Rotary, run_layers
 from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
+from .plan import LayerPlan
 from .projector import build_projector
 from .tokens import Tokens, expand
 from .vision import VisionTower
@@ -64,12 +65,12 @@ class ViCAModel(ViCAPreTrainedModel):
         states: list | None = None,
     ) -> tuple[torch.Tensor, Tokens]:
         """Normed hidden states of the call's text tokens, [text, width] in reading order, and where they stand."""
-        ids = input_ids.cpu().numpy()
+        ids, plan = input_ids.cpu().numpy(), self.config.plan
         features = self._checked_features(image_features)
         if features:
             self.config.require_layers()
         if cache is not None:
-            cache.open(len(ids), self.config.variant, self.config.plan)
+            cache.open(len(ids), self.config.variant, plan)
         valid = new_columns(attention_mask, cache, ids.shape)
         tokens = expand(
             ids,
@@ -80,19 +81,19 @@ class ViCAModel(ViCAPreTrainedModel):
         )
         self._check_vocabulary(ids, valid)
         if cache is not None:
-            self._replay_prefixes(tokens, cache)
+            self._replay_prefixes(plan, tokens, cache)
         visual = (
             torch.cat(features) if features else self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
         )
-        hidden = self._run(tokens, input_ids, visual, cache, states)
+        hidden = self._run(plan, tokens, input_ids, visual, cache, states)
         if cache is not None:
             cache.enter(tokens, ids, valid)
         return self.norm(hidden), tokens
 
-    def _run(self, tokens: Tokens, input_ids, visual, cache, states=None) -> torch.Tensor:
+    def _run(self, plan: list[LayerPlan], tokens: Tokens, input_ids, visual, cache, states=None) -> torch.Tensor:
         kernel = Kernel(self.kernel_name, self.config._attn_implementation)
         device = self.embed_tokens.weight.device
-        flow = FLOWS[self.config.variant](Call(self.config.plan, tokens, cache, self.rotary, kernel, device))
+        flow = FLOWS[self.config.variant](Call(plan, tokens, cache, self.rotary, kernel, device))
         at = text_columns(tokens, input_ids.device)
         text = self.embed_tokens(input_ids.flatten()[at].to(device))
         with sdpa_backends(device):
@@ -122,20 +123,20 @@ class ViCAModel(ViCAPreTrainedModel):
                 f"and {self.config.image_token_index} for an image"
             )
 
-    def _replay_prefixes(self, tokens: Tokens, cache: ViCACache) -> None:
+    def _replay_prefixes(self, plan: list[LayerPlan], tokens: Tokens, cache: ViCACache) -> None:
         """Text that went before a row's first image is prefix, but it was computed as plain text while no image was
         in sight. Where the plan freezes prefixes, its K/V are made again, so that pieces equal the whole."""
         first_image = np.bincount(tokens.row[tokens.visual], minlength=tokens.batch) > 0
         rows = first_image & ~cache.seen_image & cache.valid.any(1)
-        if not rows.any() or all(p.prefix_attends for p in self.config.plan):
+        if not rows.any() or all(p.prefix_attends for p in plan):
             return
         valid = cache.valid & rows[:, None]
         past = expand(cache.ids, valid, [], image_token=None)  # no image so far: every id is text
         past.prefix[:] = True
         scratch = ViCACache(len(self.layers))
-        scratch.open(len(rows), self.config.variant, self.config.plan)
+        scratch.open(len(rows), self.config.variant, plan)
         ids = torch.from_numpy(cache.ids).to(self.embed_tokens.weight.device)
-        self._run(past, ids, self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim), scratch)
+        self._run(plan, past, ids, self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim), scratch)
         cache.replace_rows(scratch, np.nonzero(rows)[0])
 
 
