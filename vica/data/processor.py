@@ -139,6 +139,10 @@ class ViCAProcessor(ProcessorMixin):
         arranged = [self._arrange(load_image(image)) for image in images]
         return self.image_processor.preprocess(arranged)["pixel_values"]
 
+    def image_settings(self) -> dict | None:
+        """All that decides which pixels an image becomes."""
+        return None if self.image_processor is None else {"mode": self.image_mode, **self.image_processor.to_dict()}
+
     def _arrange(self, image):
         """What LLaVA does to an image before the tower's own preprocessing."""
         if self.image_mode == "pad":

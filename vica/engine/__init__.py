@@ -1,0 +1,6 @@
+"""Fast inference for many requests. `Engine(model, processor).generate([Request.ask("...", ["picture.png"])])`"""
+
+from .engine import Engine
+from .request import Request, Result, Token
+
+__all__ = ["Engine", "Request", "Result", "Token"]

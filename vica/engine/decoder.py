@@ -1,0 +1,52 @@
+"""The decoder's layers over packed rows, following the plan: what each layer does is data, as in vica/model."""
+
+import torch
+
+from ..model.plan import LayerPlan
+from .ops import TorchOps
+from .step import Step
+from .weights import LayerWeights, fuse_layer
+
+
+class Decoder:
+    """`pools`: each layer's K/V of text rows, [S, 2, G, D]."""
+
+    def __init__(self, blocks, plan: list[LayerPlan], ops: TorchOps, pools: torch.Tensor):
+        self.layers: list[LayerWeights] = [fuse_layer(block) for block in blocks]
+        self.plan, self.ops, self.pools = plan, ops, pools
+        # where each layer's K/V lie in an image's, None where text sees no image K/V
+        seeing = [i for i, p in enumerate(plan) if p.text_sees_visual and not p.visual_updated]
+        self.image_layers = seeing
+        self.image_layer_of = [seeing.index(i) if i in seeing else None for i in range(len(plan))]
+
+    def run(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        """[N, width] through all layers, in place; the rows of `step.last`."""
+        for i, (layer, plan) in enumerate(zip(self.layers, self.plan)):
+            frozen = bool(step.frozen_rows) and not plan.prefix_attends
+            normed = self.ops.norm(hidden, layer.input_norm)
+            qkv = self.ops.linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.ops.shape.head_dim))
+            q = self.ops.rope_store(qkv, step.pos, step.slot, self.pools[i])
+            mixed = self.ops.attend(q, self.pools[i], step, frozen, self.image_layer_of[i])
+            first = step.frozen_rows if frozen else 0
+            if i == len(self.layers) - 1 and step.last is not None:  # nobody reads the other rows any more
+                hidden, mixed, first = hidden[step.last], mixed[step.last - first], 0
+            self.ops.add_linear(hidden[first:], mixed, layer.out, layer.out_bias)
+            normed = self.ops.norm(hidden, layer.mlp_norm)
+            gated = self.ops.gated(normed, layer.gate_up, layer.gate_up_bias)
+            self.ops.add_linear(hidden, gated, layer.down, layer.down_bias)
+        return hidden
+
+    def image_kv(self, features: list[torch.Tensor], starts: list[int]) -> list[torch.Tensor]:
+        """Each image's frozen K/V [T2V layers, 2, G, tokens, D], the first token standing at its start."""
+        shape, device = self.ops.shape, features[0].device
+        images = [x.new_empty(len(self.image_layers), 2, shape.kv_heads, len(x), shape.head_dim) for x in features]
+        rows = torch.cat(features)
+        pos = torch.cat([torch.arange(at, at + len(x)) for at, x in zip(starts, features)]).to(device)
+        queries = shape.heads * shape.head_dim
+        for t, i in enumerate(self.image_layers):
+            layer = self.layers[i]
+            bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
+            kv = self.ops.linear(self.ops.norm(rows, layer.input_norm), layer.qkv[queries:], bias)
+            kv = kv.view(len(rows), 2, shape.kv_heads, shape.head_dim)
+            self.ops.image_store(kv, pos, t, images)
+        return images

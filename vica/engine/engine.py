@@ -1,0 +1,141 @@
+"""The engine: requests in any number and mix, answered in continuous batches.
+
+engine = Engine(model, processor)
+results = engine.generate([Request.ask("What is this?", ["a.jpg"]), ...])
+for request, token in engine.stream(requests): ...
+"""
+
+import os
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from ..bench.flops import visual_tokens
+from ..errors import ViCAError
+from .budget import Budget
+from .hashing import fingerprint
+from .inputs import Inputs
+from .memory import ImageMemory
+from .request import Request, Result, Token
+from .runner import Runner
+from .scheduler import Scheduler, Sequence
+from .text import TextStream
+
+AHEAD = 2  # batches of requests that are prepared before they are let in
+
+
+class Engine:
+    """`kv_bytes` bounds the K/V of text, `image_memory_bytes` what is held of images; both default to shares of the
+    card's free memory, on a CPU to 1 GiB each. `keep_prefix` and `keep_images` False: nothing outlives its request.
+
+    The model's weights are fused in place: it stays usable, but must not be moved or changed while the engine lives.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor=None,
+        *,
+        max_batch: int | None = None,
+        kv_bytes: int | None = None,
+        image_memory_bytes: int | None = None,
+        keep_prefix: bool = True,
+        keep_images: bool = True,
+        cuda_graphs: bool = True,
+        workers: int | None = None,
+    ):
+        if model.config.variant not in ("accel", "dense"):
+            raise ViCAError(f"the engine runs variants accel and dense, not {model.config.variant!r}")
+        self.model, self.processor, self.config = model.eval(), processor, model.config
+        budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)
+        with torch.inference_mode(False), torch.no_grad():
+            self.runner = Runner(model, budget.max_batch, budget.slots, cuda_graphs)
+        self.image_memory = ImageMemory(budget.image_bytes, model.device, self._binding, keep_images)
+        self.inputs = Inputs(self.config, processor, visual_tokens(self.config), self.image_memory.knows)
+        self.threads = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), "vica-inputs")
+        eos = model.generation_config.eos_token_id
+        ends = set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+        self.scheduler = Scheduler(self.runner, self.inputs, self.image_memory, ends, budget.max_batch, keep_prefix)
+        self.max_batch = budget.max_batch
+
+    def generate(self, requests: Iterable[Request], progress: bool = False) -> list[Result]:
+        """The results, in order. A request that fails says why in its result; the others are answered."""
+        requests = list(requests)
+        results: list[Result | None] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=not progress, unit=" answers") as bar:
+            for place, event in self._run(requests, streaming=False):
+                if isinstance(event, Result):
+                    results[place] = event
+                    bar.update()
+        return results
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
+        """Tokens as they come, of all requests in any order; `request.result` is there with its last token, and of one
+        that failed when the stream ends. Leaving the loop cancels the rest."""
+        for _, event in self._run(requests, streaming=True):
+            if not isinstance(event, Result):
+                yield event
+
+    def cancel(self, request: Request) -> None:
+        """Its result comes with what it has so far."""
+        for sequence in (*self.scheduler.waiting, *self.scheduler.active):
+            if sequence.request is request:
+                sequence.cancelled = True
+
+    @property
+    def first_use_seconds(self) -> float:
+        """Time that compiling and capturing have taken so far."""
+        return self.runner.graphs.seconds
+
+    def _run(self, requests: Iterable[Request], streaming: bool):
+        """Pairs of a request's place and its result; when streaming, also its tokens as (request, token)."""
+        source, places, sink, more = enumerate(requests), {}, deque(), True
+        scheduler = self.scheduler
+        try:
+            while more or places:
+                while more and len(scheduler.waiting) < AHEAD * self.max_batch:
+                    if more := (following := next(source, None)) is not None:
+                        places[self._submit(following[1], sink, streaming)] = following[0]
+                with torch.inference_mode():
+                    scheduler.step()
+                while sink:
+                    sequence, event = sink.popleft()
+                    if isinstance(event, Result):
+                        yield places.pop(sequence), event
+                    else:
+                        yield places[sequence], (sequence.request, event)
+        finally:
+            for sequence in places:
+                sequence.cancelled = True
+            scheduler.drop_cancelled()
+
+    def _submit(self, request: Request, sink: deque, streaming: bool) -> Sequence:
+        if not isinstance(request, Request):
+            raise ViCAError(f"a request is a vica.engine.Request, got {type(request).__name__}")
+        request.result = None
+        readable = self.processor is not None and (streaming or request.stop)
+        stream = TextStream(self.processor, request.stops) if readable else None
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        prepared = self.threads.submit(self.inputs.prepare, request)
+        sequence = Sequence(request, prepared, seed, stream, sink if streaming else None, sink)
+        self.scheduler.waiting.append(sequence)
+        return sequence
+
+    def _binding(self) -> dict:
+        """What kept K/V and features are made of: another value, and they mean nothing."""
+        model, text = self.model, self.config.text_config
+        layers = self.runner.decoder.image_layers
+        vision = [p for n, p in model.named_parameters() if "vision_tower" in n or "mm_projector" in n]
+        making_kv = [t for i in layers for t in self.runner.decoder.layers[i].makers_of_kv()]
+        processor = None if self.processor is None else self.processor.image_settings()
+        return {
+            "layers": layers,
+            "weights": fingerprint([*vision, *making_kv]),
+            "dtype": str(model.dtype),
+            "rotary": [text.head_dim, text.rope_parameters],
+            "preprocessing": processor,
+        }

@@ -1,0 +1,35 @@
+"""Numbers that stand for contents: images, weights, and the noise of a request's seed."""
+
+import hashlib
+
+import torch
+
+CHECKSUM_WORDS = 2**24  # at once, which bounds the memory that a checksum takes
+
+
+def fingerprint(tensors: list[torch.Tensor]) -> str:
+    return digest("".join(map(digest_tensor, tensors)).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def digest_tensor(x: torch.Tensor) -> str:
+    """Of the content, made where the tensor lies: 128 bits in which every value and its place have a part."""
+    bits = x.detach().contiguous().flatten().view(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 4)).view(torch.int32)
+    sums = []
+    for part, chunk in enumerate(bits.split(CHECKSUM_WORDS)):
+        place = torch.arange(len(chunk), device=x.device) + part * CHECKSUM_WORDS
+        for salt in (1, 2):
+            sums.append(((chunk.long() + 1) * scramble(place * 2 + salt)).sum())
+    words = " ".join(map(str, torch.stack(sums).tolist())) if sums else ""
+    return digest(f"{x.dtype} {list(x.shape)} {words}".encode())
+
+
+def scramble(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 64-bit numbers that leaves no pattern (splitmix64's finaliser)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)

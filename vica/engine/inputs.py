@@ -1,0 +1,137 @@
+"""A request made ready for the model: its token ids, and its images as pixels or features with their content's hash."""
+
+import os
+import threading
+from weakref import WeakValueDictionary
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.conversation import get_template
+from ..data.images import load_image
+from ..data.messages import read_messages
+from ..data.processor import ViCAProcessor
+from ..errors import ViCAError
+from .hashing import digest, digest_tensor
+from .layout import Layout, lay_out
+from .request import Request
+
+
+@dataclass(eq=False)
+class ImageInput:
+    """One image's content. Several requests about it share this object while any of them waits."""
+
+    key: str
+    size: int  # visual tokens
+    source: object = None  # what `load_image` takes
+    pixels: np.ndarray | None = None  # [3, H, W]
+    features: torch.Tensor | None = None  # [tokens, width]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(eq=False)
+class Prepared:
+    layout: Layout
+    ids: list[int]
+    images: list[ImageInput]
+
+
+class Inputs:
+    """Called from several threads. `known(key, start)`: whether the image memory needs no pixels of an image."""
+
+    def __init__(self, config, processor: ViCAProcessor | None, visual_tokens: int, known):
+        self.config, self.processor, self.visual_tokens, self.known = config, processor, visual_tokens, known
+        self.plan = config.plan
+        self.lock = threading.Lock()
+        self.image_lock = threading.Lock()
+        self.files: dict[tuple, str] = {}  # digests of files by path, size and time of change
+        self.waiting: WeakValueDictionary[str, ImageInput] = WeakValueDictionary()
+        self.template_prefix = self._template_prefix()
+
+    def prepare(self, request: Request) -> Prepared:
+        request.check()
+        ids, sources = self._tokenize(request)
+        placeholders = ids.count(self.config.image_token_index)
+        if placeholders != len(sources):
+            raise ViCAError(
+                f"the prompt has {placeholders} places for images, but {len(sources)} were given; a text prompt marks "
+                "each by <image>, messages and Request.ask need no mark"
+            )
+        if sources:
+            self.config.require_layers()
+        images = [self._image(source) for source in sources]
+        vocabulary = self.config.text_config.vocab_size
+        layout = lay_out(ids, [x.size for x in images], self.config.image_token_index, self.plan, vocabulary)
+        if (
+            not images
+            and ids[: len(self.template_prefix)] == self.template_prefix
+            and len(ids) > len(self.template_prefix)
+        ):
+            layout.prefix = len(self.template_prefix)
+        for image, place in zip(images, layout.images):
+            self.load(image, place.start)
+        return Prepared(layout, ids, images)
+
+    def _tokenize(self, request: Request) -> tuple[list[int], list]:
+        prompt, images = request.prompt, list(request.images)
+        if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, (int, np.integer)) for x in prompt):
+            return [int(x) for x in prompt], images
+        if self.processor is None:
+            raise ViCAError("the engine has no processor: give prompts as token ids")
+        if isinstance(prompt, (list, tuple)) and prompt:
+            turns, sources = read_messages(prompt)
+            given = [x for x in sources if x is not None]
+            if given and (images or len(given) < len(sources)):
+                raise ViCAError("give the images in the messages or in the request's images, not in both")
+            images = images or given
+            prompt = get_template(self.processor.conversation).render(turns)
+        if not isinstance(prompt, str):
+            raise ViCAError(f"a prompt is a text, chat messages or token ids, got {type(prompt).__name__}")
+        with self.lock:  # tokenizers lend their state to one thread at a time
+            return self.processor.tokenize(prompt), images
+
+    def _template_prefix(self) -> list[int]:
+        """What all prompts of the template begin with when they hold no image."""
+        if self.processor is None:
+            return []
+        template = get_template(self.processor.conversation)
+        one, other = (self.processor.tokenize(template.render([("user", x)])) for x in ("Yes", "a"))
+        return os.path.commonprefix([one, other])
+
+    def _image(self, source) -> ImageInput:
+        if isinstance(source, torch.Tensor) and source.dim() == 2:
+            width = self.config.text_config.hidden_size
+            if source.shape[1] != width or not len(source) or not source.is_floating_point():
+                raise ViCAError(f"image features are {list(source.shape)}; they must be floats [tokens, {width}]")
+            return self._shared(ImageInput("features-" + digest_tensor(source), len(source), features=source))
+        if self.processor is None or self.processor.image_processor is None or not self.visual_tokens:
+            raise ViCAError("this model has no vision tower: give images as features [tokens, width]")
+        return self._shared(ImageInput(self._digest(source), self.visual_tokens, source))
+
+    def _shared(self, image: ImageInput) -> ImageInput:
+        with self.image_lock:
+            return self.waiting.setdefault(image.key, image)
+
+    def _digest(self, source) -> str:
+        """Of the content as it comes: a known file is not even decoded."""
+        if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+            status = os.stat(source)
+            name = (os.fspath(source), status.st_size, status.st_mtime_ns)
+            if name not in self.files:
+                with open(source, "rb") as file:
+                    self.files[name] = digest(file.read())
+            return self.files[name]
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return digest(bytes(source))
+        image = source if isinstance(source, Image.Image) else load_image(source)
+        with self.image_lock:  # an opened file is decoded here, which two threads must not do at once
+            content = image.tobytes()
+        return digest(f"{image.mode} {image.size}".encode() + content)
+
+    def load(self, image: ImageInput, start: int) -> None:
+        """Makes sure that an image the memory does not hold has pixels or features."""
+        with image.lock:
+            if image.features is None and image.pixels is None and not self.known(image.key, start):
+                (image.pixels,) = self.processor.process_images([image.source])

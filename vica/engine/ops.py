@@ -1,0 +1,144 @@
+"""What the engine's decoder is made of, in plain torch: the CPU's path, and the meaning of the CUDA kernels.
+
+Shape legend: N rows, H query heads, G key heads, D head_dim, S slots of the text pool.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
+
+from ..model.llama import rotate
+from .step import ImageWork, Step
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    activation: str
+
+    @classmethod
+    def of(cls, text_config) -> "Shape":
+        return cls(
+            text_config.num_attention_heads,
+            text_config.num_key_value_heads,
+            text_config.head_dim,
+            text_config.rms_norm_eps,
+            text_config.hidden_act,
+        )
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+class TorchOps:
+    def __init__(self, shape: Shape, cos: torch.Tensor, sin: torch.Tensor):
+        """`cos`, `sin`: rotary tables [positions, D] in float32."""
+        self.shape, self.cos, self.sin = shape, cos, sin
+        self.act = ACT2FN[shape.activation]
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.shape.eps)).to(x.dtype)
+
+    def linear(self, x, weight, bias=None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def add_linear(self, hidden, x, weight, bias=None) -> None:
+        """hidden += x @ weight.T + bias"""
+        hidden.addmm_(x, weight.t())
+        if bias is not None:
+            hidden += bias
+
+    def gated(self, x, weight, bias=None) -> torch.Tensor:
+        """act(gate) * up, of [gate; up] in one weight."""
+        gate, up = self.linear(x, weight, bias).chunk(2, -1)
+        return self.act(gate) * up
+
+    def rope_store(self, qkv: torch.Tensor, pos, slot, pool: torch.Tensor) -> torch.Tensor:
+        """Rotates queries and keys of [N, H + 2G, D] and writes K/V to the slots of [S, 2, G, D]; the queries."""
+        s = self.shape
+        q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads], 1)
+        rope = self._rope(pos, qkv.dtype)
+        pool[slot] = torch.stack([rotate(k, rope), v], 1)
+        return rotate(q, rope)
+
+    def image_store(self, kv: torch.Tensor, pos, layer: int, images: list[torch.Tensor]) -> None:
+        """Rotated K and V of [rows, 2, G, D] to the layer's place in each image's [layers, 2, G, tokens, D]."""
+        k = rotate(kv[:, 0], self._rope(pos, kv.dtype))
+        for image, one in zip(images, torch.stack([k, kv[:, 1]]).split([x.shape[3] for x in images], 1)):
+            image[layer] = one.transpose(1, 2)
+
+    def _rope(self, pos, dtype):
+        return self.cos[pos].to(dtype), self.sin[pos].to(dtype)
+
+    def attend(self, q: torch.Tensor, pool: torch.Tensor, step: Step, frozen: bool, image_layer: int | None):
+        """[N - frozen rows, H * D]. `image_layer` None: this layer's text sees no image."""
+        images = step.images if image_layer is not None else None
+        tiles, first = (step.tiles[step.frozen_tiles :], step.frozen_rows) if frozen else (step.tiles, 0)
+        if images is None and step.splits == 1:
+            return self.text_attention(q, pool, tiles, step)[0][0, first:].flatten(1).to(q.dtype)
+        partials = [self.text_attention(q, pool, tiles, step)]
+        if images is not None:
+            partials.append(self.image_attention(q, images, image_layer))
+        return self.merge(partials, images, q.dtype)[first:].flatten(1)
+
+    def text_attention(self, q, pool, tiles, step: Step):
+        """Partial results [splits, N, H, D] and their LSE [splits, N, H]."""
+        out = q.new_zeros(1, *q.shape, dtype=wide(q))
+        lse = out.new_full(out.shape[:3], float("-inf"))
+        block = torch.arange(int(tiles[:, 1].max()))
+        rows = tiles[:, :1] + torch.minimum(block, tiles[:, 1:2] - 1)  # [T, M], the last one repeated
+        limit = step.limit[rows]
+        slots = step.table[tiles[:, 2], : int(limit.max()) + 1]
+        mask = torch.arange(slots.shape[1]) <= limit[..., None]
+        got, got_lse = attend_heads(q[rows], pool[slots, 0], pool[slots, 1], self.shape.scale, mask)
+        out[0, rows.flatten()], lse[0, rows.flatten()] = got.flatten(0, 1), got_lse.flatten(0, 1)
+        return out, lse
+
+    def image_attention(self, q, images: ImageWork, layer: int):
+        """Partial results [P, H, D] and their LSE [P, H]."""
+        out = q.new_empty(len(images.rows), *q.shape[1:], dtype=wide(q))
+        lse = out.new_empty(out.shape[:2])
+        for kv, item in zip(images.kvs, images.items.tolist()):
+            _, _, low, high, first, count = item
+            rows = images.rows[first : first + count]
+            k, v = kv[layer, :, :, low:high].transpose(1, 2).unsqueeze(1)
+            got, got_lse = attend_heads(q[rows][None], k, v, self.shape.scale)
+            out[first : first + count], lse[first : first + count] = got[0], got_lse[0]
+        return out, lse
+
+    def merge(self, partials, images: ImageWork | None, dtype):
+        """The rows' partial results weighed by exp(LSE)."""
+        (out, lse), *rest = partials
+        if not rest:
+            weight = (lse - lse.amax(0)).exp()
+            return ((weight[..., None] * out).sum(0) / weight.sum(0)[..., None]).to(dtype)
+        (more, more_lse), rows = rest[0], images.rows
+        top = lse.amax(0).scatter_reduce(0, rows[:, None].expand_as(more_lse), more_lse, "amax")
+        weight, more_weight = (lse - top).exp(), (more_lse - top[rows]).exp()
+        total = weight.sum(0).index_add(0, rows, more_weight)
+        mixed = (weight[..., None] * out).sum(0).index_add(0, rows, more_weight[..., None] * more)
+        return (mixed / total[..., None]).to(dtype)
+
+
+def attend_heads(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, M, H, D] over k, v [T, K, G, D] -> [T, M, H, D] and LSE [T, M, H], in float32 or wider."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.to(wide(q)) for x in (q, k, v))
+    if group > 1:
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("tmhd,tkhd->tmhk", q, k) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
+    lse = scores.logsumexp(-1)
+    return torch.einsum("tmhk,tkhd->tmhd", (scores - lse[..., None]).exp(), v), lse
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,80 @@
+"""What is asked of the engine, and what it answers."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ViCAError
+
+
+@dataclass(eq=False)
+class Request:
+    """`prompt`: a rendered prompt with an `<image>` mark for each image, chat messages, or token ids with a placeholder
+    for each image. `images`, in reading order: paths, URLs, bytes, PIL images, or features [tokens, width] already
+    projected. Messages may hold their images themselves.
+
+    Greedy at temperature 0. `seed` None draws one; a given seed gives the same tokens whatever else is in the batch.
+    """
+
+    prompt: str | list
+    images: list = field(default_factory=list)
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int | None = None
+    stop: str | list[str] = field(default_factory=list)
+    ignore_eos: bool = False
+    id: Any = None  # the caller's own name for it
+    result: "Result | None" = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def ask(cls, question: str, images=(), **options) -> "Request":
+        """One question about some images, in the model's own template."""
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        return cls([{"role": "user", "content": content}], list(images), **options)
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    def check(self) -> None:
+        whole = {"max_new_tokens": (self.max_new_tokens, 1), "top_k": (self.top_k, 0)}
+        for name, (value, least) in whole.items():
+            if not isinstance(value, int) or value < least:
+                raise ViCAError(f"{name} is {value!r}; it must be a whole number from {least}")
+        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
+            raise ViCAError(f"temperature is {self.temperature!r}; it must be a number from 0")
+        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ViCAError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ViCAError(f"seed is {self.seed!r}; it must be a whole number or None")
+        if not all(isinstance(s, str) and s for s in self.stops):
+            raise ViCAError(f"stop is {self.stop!r}; it must be one or more non-empty strings")
+
+
+class Token(int):
+    """A token id as it is streamed, with the text that it completes."""
+
+    text: str
+
+    def __new__(cls, value: int, text: str = ""):
+        token = super().__new__(cls, value)
+        token.text = text
+        return token
+
+
+@dataclass
+class Result:
+    """`finish_reason`: "stop" (end mark or stop string), "length", "cancelled", or "error", which `error` explains.
+    `tokens` are those of `model.generate`, the end mark included; `text` ends before a stop string."""
+
+    request: Request
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    error: str | None = None
+    prompt_tokens: int = 0  # visual ones included
+    queued_s: float = 0.0  # until it was admitted
+    first_token_s: float | None = None  # since it was submitted
+    total_s: float = 0.0

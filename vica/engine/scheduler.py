@@ -1,0 +1,379 @@
+"""Continuous batching: which requests run, in which lanes, with which slots and images.
+
+`step` lets prepared requests in (their images, then one prefill for all of them), tells the device to make every running
+request's next token, and reads the tokens of the step before, so that host and device work at the same time. A request
+takes all the slots it may need when it enters: what runs can always go on, and what does not fit waits.
+"""
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..errors import ViCAError
+from .inputs import ImageInput, Inputs, Prepared
+from .layout import Layout
+from .memory import FEATURES, Entry, ImageMemory
+from .pool import Prefix
+from .request import Request, Result, Token
+from .runner import Batch, Row, Runner
+from .text import TextStream, cut
+
+log = logging.getLogger(__name__)
+
+PREFILL_ROWS = 8192  # of one pass: enough to keep any device busy, and a bound on its memory
+PATIENCE = 0.05  # seconds that a prepared request waits for others to share its prefill
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way."""
+
+    request: Request
+    prepared: "Future[Prepared]"
+    seed: int
+    stream: TextStream | None  # None: no text is needed before the end
+    token_sink: deque | None  # where tokens go as they come
+    result_sink: deque
+    submitted: float = field(default_factory=time.perf_counter)
+    tokens: list[int] = field(default_factory=list)
+    admitted: float | None = None
+    first_token: float | None = None
+    cancelled: bool = False
+    retried: bool = False
+    result: Result | None = None
+    # while it has a lane:
+    row: Row | None = None
+    launched: int = 0  # tokens that the device was told to make, those of earlier stays included
+    most: int = 0  # tokens it may have
+    prefix: Prefix | None = None
+    makes_prefix: bool = False
+    own_slots: np.ndarray | None = None  # the others are its prefix's
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Text rows it holds once all that was launched is done."""
+        return len(self.row.slots) - (self.most - self.launched)
+
+
+class NoRoom(Exception):
+    """Not now: what runs must finish first."""
+
+
+class Scheduler:
+    def __init__(
+        self, runner: Runner, inputs: Inputs, memory: ImageMemory, ends: set[int], max_batch: int, keep_prefix: bool
+    ):
+        self.runner, self.inputs, self.memory, self.ends = runner, inputs, memory, ends
+        self.max_batch, self.keep_prefix = max_batch, keep_prefix
+        self.waiting: deque[Sequence] = deque()
+        self.active: list[Sequence] = []
+        self.lanes = list(range(max_batch, 0, -1))  # lane 0 is the runner's
+        self.in_flight: deque[tuple[torch.Tensor, object, list[Sequence]]] = deque()
+        self.batch: Batch | None = None
+        self.prefill_rows = PREFILL_ROWS
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.active or self.in_flight)
+
+    def step(self) -> None:
+        self.drop_cancelled()
+        self._admit(self._choose())
+        launched = self._decode()
+        while len(self.in_flight) > launched:
+            self._harvest()
+
+    # --- entering ---
+
+    def _choose(self) -> list[Sequence]:
+        """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
+        other as long as others run, and for a moment if none does."""
+        free, wanted = len(self.lanes), min(len(self.waiting), max(1, self.max_batch // 4))
+        if not wanted or (self.active and free < wanted):
+            return []
+        ready = [s for s in self.waiting if s.prepared.done()]
+        if self.active:
+            patient = not ready or time.perf_counter() - ready[0].submitted < PATIENCE
+            return [] if len(ready) < wanted and patient else ready[:free]
+        deadline = None
+        while len(ready) < wanted and (deadline is None or time.perf_counter() < deadline):
+            wait([s.prepared for s in self.waiting if not s.prepared.done()], deadline and PATIENCE, FIRST_COMPLETED)
+            deadline = deadline or time.perf_counter() + PATIENCE
+            ready = [s for s in self.waiting if s.prepared.done()]
+        return ready[:free]
+
+    def _admit(self, chosen: list[Sequence]) -> None:
+        entering, rows = [], 0
+        for sequence in chosen:
+            try:
+                prepared = sequence.prepared.result()
+                layout = prepared.layout.continued(sequence.tokens)
+                if entering and rows + len(layout) > self.prefill_rows:
+                    break
+                self._take(sequence, layout, prepared)
+            except NoRoom:
+                break
+            except Exception as error:  # whatever one request's content raises, the others go on
+                if not isinstance(error, ViCAError):
+                    log.exception("a request failed while it was prepared")
+                self._finish(sequence, "error", error=str(error) or type(error).__name__)
+                continue
+            entering.append(sequence)
+            rows += len(layout) - sequence.row.held
+        if entering:
+            self._enter(entering)
+
+    def _take(self, sequence: Sequence, layout: Layout, prepared: Prepared) -> None:
+        """Gives the sequence a lane, slots and its images' entries, or nothing at all."""
+        runner, request = self.runner, sequence.request
+        if layout.total > runner.width:
+            raise ViCAError(f"the prompt takes {layout.total} positions, the model has {runner.width}")
+        done = len(sequence.tokens)
+        sequence.most = min(request.max_new_tokens, done + runner.width - layout.total + 1)
+        try:
+            slots, held = self._take_slots(sequence, layout, len(layout) + sequence.most - done - 1)
+            sequence.row = Row(layout, 0, slots, held)
+            self._take_images(sequence, layout, prepared.images)
+        except (NoRoom, ViCAError):
+            self._give_back(sequence)
+            raise
+        if request.temperature > 0:
+            sequence.row.sampling = (request.temperature, request.top_k, request.top_p, sequence.seed)
+        sequence.row.lane = self.lanes.pop()
+        sequence.launched = done
+        self.waiting.remove(sequence)
+
+    def _take_slots(self, sequence: Sequence, layout: Layout, rows: int) -> tuple[np.ndarray, int]:
+        """Slots of all rows, and how many of the first are others' work."""
+        pool, count = self.runner.pool, layout.prefix if self.keep_prefix else 0
+        key = (bool(layout.images), *layout.ids[:count].tolist())
+        prefix = pool.find_prefix(key) if count else None
+        if prefix is not None:
+            prefix.users += 1
+            sequence.prefix = prefix
+        need = rows - (count if prefix else 0)
+        if rows > pool.slots:
+            raise ViCAError(f"the request may take {rows} rows of text K/V, kv_bytes is room for {pool.slots}")
+        if not pool.can_take(need):
+            raise NoRoom
+        slots = pool.take(need)
+        if prefix is not None:
+            sequence.own_slots = slots
+            return np.concatenate([prefix.slots, slots]), count
+        sequence.own_slots = slots[count:]
+        if count:
+            sequence.prefix, sequence.makes_prefix = Prefix(slots[:count], users=1), True
+            pool.prefixes[key] = sequence.prefix
+        return slots, 0
+
+    def _take_images(self, sequence: Sequence, layout: Layout, images: list[ImageInput]) -> None:
+        sizes = [self.runner.image_bytes(image.size) for image in images]
+        if sum(sizes) > self.memory.limit:
+            raise ViCAError(f"the request's images take {sum(sizes)} bytes, image_memory_bytes is {self.memory.limit}")
+        for image, place, size in zip(images, layout.images, sizes):
+            start = place.start if self.runner.images_are_kv else FEATURES
+            if (entry := self.memory.acquire(image.key, start, size)) is None:
+                raise NoRoom
+            sequence.entries.append(entry)
+
+    def _enter(self, entering: list[Sequence]) -> None:
+        try:
+            self._compute_images(entering)
+            tokens = self.runner.prefill([s.row for s in entering])
+        except torch.OutOfMemoryError:
+            self._retreat(entering)
+            return
+        now = time.perf_counter()
+        for sequence in entering:
+            sequence.admitted = sequence.admitted or now
+            sequence.makes_prefix = False
+        self.active += entering
+        self._launched(tokens, entering)
+
+    def _compute_images(self, entering: list[Sequence]) -> None:
+        """Fills the new entries: pixels to features, features to K/V."""
+        new = {}
+        for sequence in entering:
+            for image, entry in zip(sequence.prepared.result().images, sequence.entries):
+                if entry.tensor is None:
+                    new[entry] = image
+        features = self._features({image.key: image for image in new.values()})
+        tensors = [features[entry.key] for entry in new]
+        if self.runner.images_are_kv:
+            tensors = self.runner.image_kv(tensors, [entry.start for entry in new])
+        for entry, tensor in zip(new, tensors):
+            entry.tensor = tensor
+        for sequence in entering:
+            sequence.row.images = [entry.tensor for entry in sequence.entries]
+
+    def _features(self, images: dict[str, ImageInput]) -> dict[str, torch.Tensor]:
+        found = {}
+        for key, image in images.items():
+            if (entry := self.memory.find(key)) is not None and entry.tensor is not None:
+                found[key] = entry.tensor
+            elif image.features is not None:
+                found[key] = image.features.to(self.runner.device, self.runner.dtype)
+            else:
+                self.inputs.load(image, None)  # it was known when it was prepared, and has been evicted since
+        pixels = {key: image.pixels for key, image in images.items() if key not in found}
+        if pixels:
+            found |= dict(zip(pixels, self.runner.encode(np.stack(list(pixels.values())))))
+        for key, image in images.items():
+            image.pixels = None
+            if self.runner.images_are_kv:
+                self.memory.offer(key, FEATURES, found[key])
+        return found
+
+    # --- running ---
+
+    def _decode(self) -> int:
+        """Launches the next token of every running sequence; the number of launches."""
+        running = [s for s in self.active if s.launched < s.most]
+        if not running:
+            return 0
+        if (
+            self.batch is None
+            or len(running) != len(self.batch.rows)
+            or any(s.row is not row for s, row in zip(running, self.batch.rows))
+        ):
+            self.batch = self.runner.batch([s.row for s in running])
+        try:
+            tokens = self.runner.decode(self.batch, max(s.length for s in running))
+        except torch.OutOfMemoryError:
+            self._thin_out(running)
+            return 0
+        self._launched(tokens, running)
+        return 1
+
+    def _launched(self, tokens: torch.Tensor, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.launched += 1
+        event = None
+        if tokens.device.type == "cuda":
+            tokens = tokens.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.in_flight.append((tokens, event, sequences))
+
+    def _harvest(self) -> None:
+        tokens, event, sequences = self.in_flight.popleft()
+        if event is not None:
+            event.synchronize()
+        now = time.perf_counter()
+        for sequence, token in zip(sequences, tokens.tolist()):
+            if sequence.result is None:  # else it ended while the device was a step ahead
+                sequence.first_token = sequence.first_token or now
+                self._accept(sequence, token)
+
+    def _accept(self, sequence: Sequence, token: int) -> None:
+        request, stream = sequence.request, sequence.stream
+        sequence.tokens.append(token)
+        ended = token in self.ends and not request.ignore_eos
+        piece = "" if stream is None else stream.push(token)
+        stopped = stream is not None and stream.stopped
+        full = len(sequence.tokens) >= sequence.most
+        if stream is not None and (ended or full):
+            piece += stream.finish()
+        if ended or stopped or full:
+            self._finish(sequence, "stop" if ended or stopped else "length", Token(token, piece))
+        elif sequence.token_sink is not None:
+            sequence.token_sink.append((sequence, Token(token, piece)))
+
+    # --- leaving ---
+
+    def _finish(self, sequence: Sequence, reason: str, last: Token | None = None, error: str | None = None) -> None:
+        now = time.perf_counter()
+        started, first = sequence.admitted or now, sequence.first_token
+        text = (
+            ""
+            if self.inputs.processor is None
+            else self.inputs.processor.decode(sequence.tokens, skip_special_tokens=True)
+        )
+        sequence.result = Result(
+            sequence.request,
+            cut(text, sequence.request.stops)[0].strip(),
+            list(sequence.tokens),
+            reason,
+            error,
+            prompt_tokens=sequence.row.layout.total if sequence.row else 0,
+            queued_s=started - sequence.submitted,
+            first_token_s=None if first is None else first - sequence.submitted,
+            total_s=now - sequence.submitted,
+        )
+        sequence.request.result = sequence.result
+        if last is not None and sequence.token_sink is not None:
+            sequence.token_sink.append((sequence, last))
+        sequence.result_sink.append((sequence, sequence.result))
+        if sequence in self.active:
+            self.active.remove(sequence)
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.lanes.append(sequence.row.lane)
+        self._give_back(sequence)
+        self.batch = None
+
+    def _give_back(self, sequence: Sequence) -> None:
+        pool = self.runner.pool
+        if sequence.own_slots is not None:
+            pool.give(sequence.own_slots)
+        if sequence.prefix is not None:
+            sequence.prefix.users -= 1
+            if sequence.makes_prefix:  # it was never computed
+                pool.forget(sequence.prefix)
+        for entry in sequence.entries:
+            self.memory.release(entry)
+        sequence.row = sequence.own_slots = sequence.prefix = None
+        sequence.makes_prefix, sequence.entries = False, []
+
+    def drop_cancelled(self) -> None:
+        for sequence in [s for s in (*self.waiting, *self.active) if s.cancelled]:
+            self._finish(sequence, "cancelled")
+
+    # --- out of memory ---
+
+    def _retreat(self, entering: list[Sequence]) -> None:
+        """An entry that did not fit is tried again with half as many."""
+        rows = sum(len(s.row.layout) - s.row.held for s in entering)
+        self.prefill_rows = min(self.prefill_rows, max(1, rows // 2))
+        log.warning(
+            "out of memory while %d requests entered: at most %d rows from now on", len(entering), self.prefill_rows
+        )
+        for sequence in reversed(entering):
+            self._leave(sequence)
+            self.waiting.appendleft(sequence)
+        self._free_memory()
+        if len(entering) == 1:
+            self._fail_second_time(entering[0])
+
+    def _thin_out(self, running: list[Sequence]) -> None:
+        """A step that did not fit goes on with half as many; the others enter again later, with their answers so far."""
+        while self.in_flight:
+            self._harvest()
+        leaving = [s for s in running[len(running) // 2 :] if s.result is None]
+        log.warning("out of memory in a step of %d requests: %d of them wait", len(running), len(leaving))
+        for sequence in reversed(leaving):
+            self.active.remove(sequence)
+            self._leave(sequence)
+            self.waiting.appendleft(sequence)
+        self._free_memory()
+        if len(running) == 1 and leaving:
+            self._fail_second_time(leaving[0])
+
+    def _fail_second_time(self, sequence: Sequence) -> None:
+        if sequence.retried:
+            self._finish(sequence, "error", error="out of memory, even alone")
+        sequence.retried = True
+
+    def _free_memory(self) -> None:
+        self.memory.clear()
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
