@@ -1,9 +1,8 @@
 """Ask one question about one or more images (or none)."""
 
-import torch
-
 from ..data.images import load_image
 from . import common
+from .talk import Talk
 
 
 def add_arguments(parser) -> None:
@@ -15,11 +14,7 @@ def add_arguments(parser) -> None:
     common.add_generation(parser)
 
 
-@torch.inference_mode()
 def run(args) -> None:
+    options = common.generation_options(args)
     images = [load_image(x) for x in args.image]  # first, because a wrong path is found sooner than a model is loaded
-    model, processor = common.load_for_answers(args)
-    options = common.generation_options(args, processor)
-    inputs = processor.ask(args.question, images).to(model.device)
-    out = model.generate(**inputs, **options)
-    print(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    Talk(*common.load_for_answers(args), options).say(args.question, images)

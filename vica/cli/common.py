@@ -3,10 +3,10 @@
 import argparse
 import json
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from ..data.processor import ViCAProcessor
+from ..engine import Request
 from ..errors import ViCAError
 from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
@@ -32,10 +32,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
-    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    group.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--max-new-tokens", type=int, default=Request.max_new_tokens, metavar="N")
+    group.add_argument("--temperature", type=float, default=Request.temperature, help="0: greedy")
+    group.add_argument("--top-p", type=float, default=Request.top_p)
+    group.add_argument("--top-k", type=int, default=Request.top_k, help="0: all tokens")
     group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; again for several"
+    )
     group.add_argument("--template", metavar="NAME", help="prompt template (default: the checkpoint's)")
     group.add_argument("--image-mode", metavar="MODE", help="pad, resize or crop (default: the checkpoint's)")
 
@@ -76,17 +80,12 @@ def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGenera
             image_mode=args.image_mode or processor.image_mode,
             image_token_index=processor.image_token_index,
         )
-    torch.manual_seed(args.seed)
     return model, processor
 
 
-def generation_options(args: argparse.Namespace, processor: ViCAProcessor) -> dict:
-    if args.max_new_tokens < 1:
-        raise ViCAError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ViCAError(f"--temperature is {args.temperature} and --top-p {args.top_p}; at least 0, and from 0 to 1")
-    tokenizer = processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    options = dict(max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, pad_token_id=pad, num_beams=1)
-    sampling = dict(temperature=args.temperature, top_p=args.top_p) if args.temperature > 0 else {}
-    return {**options, "temperature": None, "top_p": None, "top_k": None, **sampling}
+def generation_options(args: argparse.Namespace) -> dict:
+    """What `add_generation` asks for, as settings of a Request."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    options = {name: getattr(args, name) for name in names}
+    Request([], **options).check()
+    return options

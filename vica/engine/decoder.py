@@ -38,15 +38,13 @@ class Decoder:
 
     def image_kv(self, features: list[torch.Tensor], starts: list[int]) -> list[torch.Tensor]:
         """Each image's frozen K/V [T2V layers, 2, G, tokens, D], the first token standing at its start."""
-        shape, device = self.ops.shape, features[0].device
-        images = [x.new_empty(len(self.image_layers), 2, shape.kv_heads, len(x), shape.head_dim) for x in features]
-        rows = torch.cat(features)
-        pos = torch.cat([torch.arange(at, at + len(x)) for at, x in zip(starts, features)]).to(device)
-        queries = shape.heads * shape.head_dim
+        shape = self.ops.shape
+        sizes = (len(self.image_layers), 2, shape.kv_heads, shape.head_dim)
+        images = [x.new_empty(*sizes[:3], len(x), sizes[3]) for x in features]
+        rows, place = torch.cat(features), self.ops.place_images(images, starts)
         for t, i in enumerate(self.image_layers):
-            layer = self.layers[i]
+            layer, queries = self.layers[i], shape.heads * shape.head_dim
             bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
             kv = self.ops.linear(self.ops.norm(rows, layer.input_norm), layer.qkv[queries:], bias)
-            kv = kv.view(len(rows), 2, shape.kv_heads, shape.head_dim)
-            self.ops.image_store(kv, pos, t, images)
+            self.ops.image_store(kv.view(len(rows), 2, shape.kv_heads, shape.head_dim), t, place)
         return images

@@ -1,12 +1,13 @@
 """CUDA graphs: a pass that has run once in a shape is captured, and replayed from then on without launch costs."""
 
+import math
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from .step import to_device
+from .step import host_tensor, to_device, views
 
 
 class Graphs:
@@ -54,8 +55,9 @@ class StaticInputs:
 
     def __init__(self, arrays: dict[str, np.ndarray], capacity: dict[str, int], device: torch.device):
         self.shapes = {name: (capacity[name], *x.shape[1:]) for name, x in arrays.items()}
-        self.tensors = to_device({name: np.zeros(shape) for name, shape in self.shapes.items()}, device)
-        self.whole = next(iter(self.tensors.values()))._base
+        size = sum(math.prod(shape) for shape in self.shapes.values())
+        self.whole = torch.zeros(size, dtype=torch.int64, device=device)
+        self.tensors = views(self.whole, self.shapes)
         self.content = None
 
     def hold(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -63,7 +65,6 @@ class StaticInputs:
             padded = [np.zeros(shape, np.int64) for shape in self.shapes.values()]
             for room, x in zip(padded, arrays.values()):
                 room[: len(x)] = x
-            host = torch.from_numpy(np.concatenate([x.ravel() for x in padded])).pin_memory()
-            self.whole.copy_(host, non_blocking=True)
+            self.whole.copy_(host_tensor(padded, self.whole.device), non_blocking=True)
             self.content = arrays
         return self.tensors

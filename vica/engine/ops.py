@@ -68,10 +68,16 @@ class TorchOps:
         pool[slot] = torch.stack([rotate(k, rope), v], 1)
         return rotate(q, rope)
 
-    def image_store(self, kv: torch.Tensor, pos, layer: int, images: list[torch.Tensor]) -> None:
-        """Rotated K and V of [rows, 2, G, D] to the layer's place in each image's [layers, 2, G, tokens, D]."""
-        k = rotate(kv[:, 0], self._rope(pos, kv.dtype))
-        for image, one in zip(images, torch.stack([k, kv[:, 1]]).split([x.shape[3] for x in images], 1)):
+    def place_images(self, images: list[torch.Tensor], starts: list[int]):
+        """Where the rows of concatenated images go: what `image_store` needs, made once for all layers."""
+        pos = torch.cat([torch.arange(at, at + x.shape[3]) for at, x in zip(starts, images)])
+        return images, pos.to(self.cos.device)
+
+    def image_store(self, kv: torch.Tensor, layer: int, place) -> None:
+        """K and V of the rows [rows, 2, G, D], keys rotated, to a layer's place in each image [.., 2, G, tokens, D]."""
+        images, pos = place
+        k, v = rotate(kv[:, 0], self._rope(pos, kv.dtype)), kv[:, 1]
+        for image, one in zip(images, torch.stack([k, v]).split([x.shape[3] for x in images], 1)):
             image[layer] = one.transpose(1, 2)
 
     def _rope(self, pos, dtype):

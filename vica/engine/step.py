@@ -5,6 +5,7 @@ rows of one lane over its text keys. An *item* is a set of rows, of any lanes, o
 questions about one image read one copy of its K/V together.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +43,19 @@ class Step:
 def to_device(arrays: dict, device: torch.device) -> dict[str, torch.Tensor]:
     """Small arrays of whole numbers, in one copy."""
     arrays = {name: np.asarray(x, np.int64) for name, x in arrays.items()}
-    whole = torch.from_numpy(np.concatenate([x.ravel() for x in arrays.values()]))
-    if device.type == "cuda":
-        whole = whole.pin_memory().to(device, non_blocking=True)
-    parts = whole.split([x.size for x in arrays.values()])
-    return {name: part.view(x.shape) for (name, x), part in zip(arrays.items(), parts)}
+    whole = host_tensor(list(arrays.values()), device).to(device, non_blocking=True)
+    return views(whole, {name: x.shape for name, x in arrays.items()})
+
+
+def host_tensor(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """One after another, where a copy to the device need not be waited for."""
+    whole = torch.from_numpy(np.concatenate([x.ravel() for x in arrays]))
+    return whole.pin_memory() if device.type == "cuda" else whole
+
+
+def views(whole: torch.Tensor, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    parts = whole.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
 
 
 def block_of(counts: np.ndarray) -> int:

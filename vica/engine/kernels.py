@@ -1,0 +1,344 @@
+"""ops.py on CUDA: Triton kernels for what lies between the large matrix products, which are cuBLAS's.
+
+Each does a whole step of a layer in one pass over its data: norms, rotary with the K/V's way to their slots, attention
+over slots and over images, the gate. A single row is multiplied by kernels of its own, which read weights at the
+memory's full rate.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .ops import TorchOps
+from .step import ImageWork, Step, to_device
+
+KEYS = 64  # of one round of an attention kernel
+HEADS = 8  # that one program of a rotary or merging kernel takes
+
+
+class CudaOps(TorchOps):
+    def norm(self, x, weight):
+        out = torch.empty_like(x)
+        width = x.shape[1]
+        _rms_norm[(len(x),)](x, weight, out, self.shape.eps, width, triton.next_power_of_2(width), num_warps=8)
+        return out
+
+    def linear(self, x, weight, bias=None):
+        if len(x) > 1 or bias is not None:
+            return super().linear(x, weight, bias)
+        return _multiply_row(x, weight, torch.empty(1, len(weight), dtype=x.dtype, device=x.device), add=False)
+
+    def add_linear(self, hidden, x, weight, bias=None):
+        if len(x) > 1 or bias is not None:
+            super().add_linear(hidden, x, weight, bias)
+        else:
+            _multiply_row(x, weight, hidden, add=True)
+
+    def gated(self, x, weight, bias=None):
+        if self.shape.activation != "silu":
+            return super().gated(x, weight, bias)
+        size = len(weight) // 2
+        out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
+        if len(x) == 1 and bias is None:
+            rows, columns, warps = _row_blocks(size, x.shape[1])
+            _gated_row[(triton.cdiv(size, rows),)](x, weight, out, size, x.shape[1], rows, columns, num_warps=warps)
+            return out
+        both = super().linear(x, weight, bias)
+        _gate[(triton.cdiv(size, 1024), len(x))](both, out, size, 1024)
+        return out
+
+    def rope_store(self, qkv, pos, slot, pool):
+        s = self.shape
+        heads = s.heads + 2 * s.kv_heads
+        grid = (len(qkv), triton.cdiv(heads, HEADS))
+        half = triton.next_power_of_2(s.head_dim // 2)
+        _rope_store[grid](
+            qkv, pool, self.cos, self.sin, pos, slot, qkv.stride(0), s.heads, s.kv_heads, s.head_dim, half, HEADS
+        )
+        return qkv[:, : s.heads]
+
+    def place_images(self, images, starts):
+        sizes = [x.shape[3] for x in images]
+        arrays = dict(address=[x.data_ptr() for x in images], tokens=sizes, start=starts)
+        t = to_device(arrays, self.cos.device)
+        count = torch.tensor(sizes)
+        first = count.cumsum(0) - count
+        t["image"] = torch.repeat_interleave(count).to(self.cos.device, non_blocking=True)
+        t["first"] = first.to(self.cos.device, non_blocking=True)
+        return t
+
+    def image_store(self, kv, layer, place):
+        s = self.shape
+        grid = (len(kv), triton.cdiv(2 * s.kv_heads, HEADS))
+        half = triton.next_power_of_2(s.head_dim // 2)
+        _image_store[grid](
+            kv, place["address"], place["tokens"], place["start"], place["first"], place["image"], self.cos, self.sin,
+            layer, s.kv_heads, s.head_dim, half, HEADS,
+        )  # fmt: skip
+
+    def attend(self, q, pool, step: Step, frozen: bool, image_layer: int | None):
+        images = step.images if image_layer is not None else None
+        tiles, first = (step.tiles[step.frozen_tiles :], step.frozen_rows) if frozen else (step.tiles, 0)
+        mixed = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        if images is None and step.splits == 1:
+            self._text(q, pool, tiles, step, mixed, None)
+            return mixed[first:]
+        text = self._text(q, pool, tiles, step, *self._partials(q, step.splits * len(q)))
+        image = self._image(q, images, image_layer) if images is not None else text
+        grid = (len(q) - first, triton.cdiv(q.shape[1], HEADS))
+        starts, parts = (images.starts, images.parts) if images is not None else (step.limit, step.limit)
+        _merge[grid](
+            *text, *image, starts, parts, mixed, first, len(q), q.shape[1], q.shape[2],
+            triton.next_power_of_2(q.shape[2]), HEADS, step.splits, images is not None,
+        )  # fmt: skip
+        return mixed[first:]
+
+    def _partials(self, q, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (count, *q.shape[1:])
+        return (
+            torch.empty(shape, dtype=torch.float32, device=q.device),
+            torch.empty(shape[:2], dtype=torch.float32, device=q.device),
+        )
+
+    def _text(self, q, pool, tiles, step: Step, out, lse):
+        s = self.shape
+        grid = (s.heads, len(tiles), step.splits)
+        _text_attention[grid](
+            q, pool, tiles, step.table, step.limit, out, out if lse is None else lse, q.stride(0), step.table.stride(0),
+            len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, triton.next_power_of_2(s.head_dim),
+            max(16, step.block), KEYS, step.splits, lse is not None, num_warps=4,
+        )  # fmt: skip
+        return out, lse
+
+    def _image(self, q, images: ImageWork, layer: int):
+        s = self.shape
+        out, lse = self._partials(q, len(images.rows))
+        _image_attention[(s.heads, len(images.items))](
+            q, images.items, images.rows, out, lse, q.stride(0), layer, s.scale * LOG2E, s.heads, s.kv_heads,
+            s.head_dim, triton.next_power_of_2(s.head_dim), max(16, images.block), KEYS, num_warps=4,
+        )  # fmt: skip
+        return out, lse
+
+
+LOG2E = 1.4426950408889634  # partial results are weighed in powers of two, which the hardware has
+
+
+def _row_blocks(rows: int, columns: int) -> tuple[int, int, int]:
+    """Rows and columns of a weight that one program reads, and its warps: the fastest found on an H200."""
+    if columns % 1024 == 0:
+        return 1, 1024, 8
+    return 4, 256, 4
+
+
+def _multiply_row(x, weight, out, add: bool):
+    rows, columns, warps = _row_blocks(*weight.shape)
+    grid = (triton.cdiv(len(weight), rows),)
+    _linear_row[grid](x, weight, out, *weight.shape, rows, columns, add, num_warps=warps)
+    return out
+
+
+@triton.jit
+def _dot_row(x, weight, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, live):
+    """Rows `n` of the weight times x, [BN]."""
+    k = tl.arange(0, BK)
+    acc = tl.zeros([BN, BK], tl.float32)
+    for at in range(0, K, BK):
+        inside = at + k < K
+        w = tl.load(weight + n.to(tl.int64)[:, None] * K + (at + k)[None, :], live[:, None] & inside[None, :], 0.0)
+        v = tl.load(x + at + k, inside, 0.0)
+        acc += w.to(tl.float32) * v.to(tl.float32)[None, :]
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def _linear_row(x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    y = _dot_row(x, weight, n, K, BN, BK, n < N)
+    if ADD:
+        y += tl.load(out + n, n < N, 0.0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), n < N)
+
+
+@triton.jit
+def _gated_row(x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    gate = _dot_row(x, weight, n, K, BN, BK, n < N)
+    up = _dot_row(x, weight, n + N, K, BN, BK, n < N)
+    tl.store(out + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), n < N)
+
+
+@triton.jit
+def _gate(both, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(both + row * 2 * size + n, n < size, 0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * size + size + n, n < size, 0.0).to(tl.float32)
+    tl.store(out + row * size + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), n < size)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, eps, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    v = tl.load(x + row * width + n, n < width, 0.0).to(tl.float32)
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / width + eps)
+    v = v.to(out.dtype.element_ty).to(tl.float32) * tl.load(weight + n, n < width, 0.0).to(tl.float32)
+    tl.store(out + row * width + n, v.to(out.dtype.element_ty), n < width)
+
+
+@triton.jit
+def _rotated(x, cos, sin, where, turn, D: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of heads at `where` [heads, 1], rotated where `turn` [heads, 1]."""
+    d = tl.arange(0, HALF)[None, :]
+    inside = d < D // 2
+    left = tl.load(x + where + d, inside, 0.0).to(tl.float32)
+    right = tl.load(x + where + D // 2 + d, inside, 0.0).to(tl.float32)
+    c, s = tl.load(cos + d, inside, 0.0), tl.load(sin + d, inside, 0.0)
+    return tl.where(turn, left * c - right * s, left), tl.where(turn, right * c + left * s, right)
+
+
+@triton.jit
+def _rope_store(
+    qkv, pool, cos, sin, pos, slot, stride, H, G, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    head = tl.minimum(head, H + 2 * G - 1)  # the last one again: programs may write the same twice
+    at = tl.load(pos + row) * D
+    base = qkv + row * stride
+    left, right = _rotated(base, cos + at, sin + at, head * D, head < H + G, D, HALF)
+    # queries stay where they are; keys, then values, lie side by side in a slot
+    to = tl.where(head < H, base + head * D, pool + tl.load(slot + row) * 2 * G * D + (head - H) * D)
+    d = tl.arange(0, HALF)[None, :]
+    tl.store(to + d, left.to(qkv.dtype.element_ty), d < D // 2)
+    tl.store(to + D // 2 + d, right.to(qkv.dtype.element_ty), d < D // 2)
+
+
+@triton.jit
+def _image_store(
+    kv, address, tokens, start, first, image, cos, sin, layer, G, D: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    which = tl.load(image + row)
+    token, size = row - tl.load(first + which), tl.load(tokens + which)
+    at = (tl.load(start + which) + token) * D
+    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    left, right = _rotated(kv + row * 2 * G * D, cos + at, sin + at, tl.minimum(head, 2 * G - 1) * D, head < G, D, HALF)
+    to = tl.load(address + which).to(tl.pointer_type(kv.dtype.element_ty))
+    to += ((layer * 2 * G + head) * size + token) * D
+    d = tl.arange(0, HALF)[None, :]
+    live = (head < 2 * G) & (d < D // 2)
+    tl.store(to + d, left.to(kv.dtype.element_ty), live)
+    tl.store(to + D // 2 + d, right.to(kv.dtype.element_ty), live)
+
+
+@triton.jit
+def _round(q, k, v, seen, best, total, acc, scale):
+    """One block of keys in the running softmax, in powers of two."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(seen, scores, float("-inf"))
+    top = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight, fade = tl.exp2(scores - base[:, None]), tl.exp2(best - base)
+    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return top, total * fade + tl.sum(weight, 1), acc
+
+
+@triton.jit
+def _text_attention(
+    q, pool, tiles, table, limit, out, lse, q_stride, table_stride, rows, scale, H, G, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1)
+    if count == 0:
+        return
+    table += tl.load(tiles + tile * 3 + 2) * table_stride
+    group = head // (H // G)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, DP)
+    row, live = start + m, m < count
+    last = tl.load(limit + row, live, -1)
+    inside = live[:, None] & (d < D)[None, :]
+    query = tl.load(q + row[:, None] * q_stride + head * D + d[None, :], inside, 0.0)
+    keys = tl.max(last, 0) + 1
+    share = tl.cdiv(tl.cdiv(keys, BLOCK_N), SPLITS) * BLOCK_N
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DP], tl.float32)
+    for at in range(split * share, tl.minimum(keys, (split + 1) * share), BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        place = tl.load(table + n, n < keys, 0)
+        here = pool + place[:, None] * 2 * G * D + group * D + d[None, :]
+        known = (n < keys)[:, None] & (d < D)[None, :]
+        k, v = tl.load(here, known, 0.0), tl.load(here + G * D, known, 0.0)
+        best, total, acc = _round(query, k, v, n[None, :] <= last[:, None], best, total, acc, scale)
+    to = out + ((split * rows + row) * H + head)[:, None] * D + d[None, :]
+    if PARTIAL:
+        tl.store(lse + (split * rows + row) * H + head, best + tl.log2(total), live)
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    else:
+        acc = acc / total[:, None]
+    tl.store(to, acc.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _image_attention(
+    q, items, image_rows, out, lse, q_stride, layer, scale, H, G, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, item = tl.program_id(0), items + tl.program_id(1) * 6
+    tokens, low, high = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    first, count = tl.load(item + 4), tl.load(item + 5)
+    if count == 0:
+        return
+    k_at = tl.load(item).to(tl.pointer_type(q.dtype.element_ty)) + (layer * 2 * G + head // (H // G)) * tokens * D
+    v_at = k_at + G * tokens * D
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, DP)
+    live = m < count
+    row = tl.load(image_rows + first + m, live, 0)
+    inside = live[:, None] & (d < D)[None, :]
+    query = tl.load(q + row[:, None] * q_stride + head * D + d[None, :], inside, 0.0)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DP], tl.float32)
+    for at in range(low, high, BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        known = (n < high)[:, None] & (d < D)[None, :]
+        here = n[:, None] * D + d[None, :]
+        k, v = tl.load(k_at + here, known, 0.0), tl.load(v_at + here, known, 0.0)
+        best, total, acc = _round(query, k, v, (n < high)[None, :], best, total, acc, scale)
+    part = (first + m) * H + head
+    tl.store(lse + part, best + tl.log2(total), live)
+    tl.store(out + part[:, None] * D + d[None, :], acc / total[:, None], inside)
+
+
+@triton.jit
+def _merge(
+    text, text_lse, image, image_lse, starts, parts, out, first, rows, H, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DP)[None, :]
+    live = head < H
+    inside = live[:, None] & (d < D)
+    best, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, DP], tl.float32)
+    for split in range(SPLITS):
+        at = (split * rows + row) * H + head
+        best, total, acc = _weigh(text, text_lse, at, d, live, inside, best, total, acc, D)
+    if IMAGES:
+        for place in range(tl.load(starts + row), tl.load(starts + row + 1)):
+            at = tl.load(parts + place) * H + head
+            best, total, acc = _weigh(image, image_lse, at, d, live, inside, best, total, acc, D)
+    to = out + (row * H + head)[:, None] * D + d
+    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _weigh(part, lse, at, d, live, inside, best, total, acc, D: tl.constexpr):
+    new = tl.load(lse + at, live, float("-inf"))
+    top = tl.maximum(best, new)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    fade, weight = tl.exp2(best - base), tl.exp2(new - base)
+    acc = acc * fade[:, None] + tl.load(part + at[:, None] * D + d, inside, 0.0) * weight[:, None]
+    return top, total * fade + weight, acc
