@@ -36,15 +36,16 @@ class Decoder:
             self.ops.add_linear(hidden, gated, layer.down, layer.down_bias)
         return hidden
 
-    def image_kv(self, features: list[torch.Tensor], starts: list[int]) -> list[torch.Tensor]:
-        """Each image's frozen K/V [T2V layers, 2, G, tokens, D], the first token standing at its start."""
-        shape = self.ops.shape
-        sizes = (len(self.image_layers), 2, shape.kv_heads, shape.head_dim)
-        images = [x.new_empty(*sizes[:3], len(x), sizes[3]) for x in features]
-        rows, place = torch.cat(features), self.ops.place_images(images, starts)
+    def empty_images(self, sizes: list[int]) -> list[torch.Tensor]:
+        """Room for images' frozen K/V, [T2V layers, 2, G, tokens, D] each."""
+        shape, make = self.ops.shape, self.pools.new_empty
+        return [make(len(self.image_layers), 2, shape.kv_heads, n, shape.head_dim) for n in sizes]
+
+    def fill_images(self, rows: torch.Tensor, place: dict, images: list[torch.Tensor]) -> None:
+        """The K/V of concatenated features, [rows, width], to their images; `place` says which and where."""
+        shape, queries = self.ops.shape, self.ops.shape.heads * self.ops.shape.head_dim
         for t, i in enumerate(self.image_layers):
-            layer, queries = self.layers[i], shape.heads * shape.head_dim
+            layer = self.layers[i]
             bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
             kv = self.ops.linear(self.ops.norm(rows, layer.input_norm), layer.qkv[queries:], bias)
-            self.ops.image_store(kv.view(len(rows), 2, shape.kv_heads, shape.head_dim), t, place)
-        return images
+            self.ops.image_store(kv.view(len(rows), 2, shape.kv_heads, shape.head_dim), t, place, images)

@@ -9,7 +9,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from .request import Request, Result, Token
 from .runner import Runner
 from .scheduler import Scheduler, Sequence
 from .text import TextStream
+from .weights import check_plain
 
 AHEAD = 2  # batches of requests that are prepared before they are let in
 
@@ -51,6 +52,7 @@ class Engine:
         if model.config.variant not in ("accel", "dense"):
             raise ViCAError(f"the engine runs variants accel and dense, not {model.config.variant!r}")
         self.model, self.processor, self.config = model.eval(), processor, model.config
+        check_plain(model.lm_head)
         budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)
         with torch.inference_mode(False), torch.no_grad():
             self.runner = Runner(model, budget.max_batch, budget.slots, cuda_graphs)
@@ -117,10 +119,17 @@ class Engine:
         if not isinstance(request, Request):
             raise ViCAError(f"a request is a vica.engine.Request, got {type(request).__name__}")
         request.result = None
-        readable = self.processor is not None and (streaming or request.stop)
-        stream = TextStream(self.processor, request.stops) if readable else None
-        seed = secrets.randbits(62) if request.seed is None else request.seed
-        prepared = self.threads.submit(self.inputs.prepare, request)
+        stream, seed, prepared = None, request.seed, Future()
+        try:
+            request.check()
+        except ViCAError as error:
+            prepared.set_exception(error)
+        else:
+            if self.processor is not None and (streaming or request.stop):
+                stream = TextStream(self.processor, request.stops)
+            if seed is None:
+                seed = secrets.randbits(62)
+            prepared = self.threads.submit(self.inputs.prepare, request)
         sequence = Sequence(request, prepared, seed, stream, sink if streaming else None, sink)
         self.scheduler.waiting.append(sequence)
         return sequence

@@ -2,8 +2,9 @@
 
 import os
 import threading
-from weakref import WeakValueDictionary
 from dataclasses import dataclass, field
+from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ class ImageInput:
 
     key: str
     size: int  # visual tokens
-    source: object = None  # what `load_image` takes
-    pixels: np.ndarray | None = None  # [3, H, W]
+    source: object  # what `load_image` takes, or features
+    pixels: np.ndarray | None = None  # [3, H, W]; these or features are there from `load` until an entry is made
     features: torch.Tensor | None = None  # [tokens, width]
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -46,12 +47,11 @@ class Inputs:
         self.plan = config.plan
         self.lock = threading.Lock()
         self.image_lock = threading.Lock()
-        self.files: dict[tuple, str] = {}  # digests of files by path, size and time of change
+        self.decoding = [threading.Lock() for _ in range(64)]
         self.waiting: WeakValueDictionary[str, ImageInput] = WeakValueDictionary()
         self.template_prefix = self._template_prefix()
 
     def prepare(self, request: Request) -> Prepared:
-        request.check()
         ids, sources = self._tokenize(request)
         placeholders = ids.count(self.config.image_token_index)
         if placeholders != len(sources):
@@ -61,6 +61,8 @@ class Inputs:
             )
         if sources:
             self.config.require_layers()
+        if request.stop and self.processor is None:
+            raise ViCAError("the engine has no processor: it cannot look for stop strings")
         images = [self._image(source) for source in sources]
         vocabulary = self.config.text_config.vocab_size
         layout = lay_out(ids, [x.size for x in images], self.config.image_token_index, self.plan, vocabulary)
@@ -71,7 +73,8 @@ class Inputs:
         ):
             layout.prefix = len(self.template_prefix)
         for image, place in zip(images, layout.images):
-            self.load(image, place.start)
+            if not self.known(image.key, place.start):
+                self.load(image)
         return Prepared(layout, ids, images)
 
     def _tokenize(self, request: Request) -> tuple[list[int], list]:
@@ -105,33 +108,43 @@ class Inputs:
             width = self.config.text_config.hidden_size
             if source.shape[1] != width or not len(source) or not source.is_floating_point():
                 raise ViCAError(f"image features are {list(source.shape)}; they must be floats [tokens, {width}]")
-            return self._shared(ImageInput("features-" + digest_tensor(source), len(source), features=source))
+            if not source.isfinite().all():
+                raise ViCAError("image features hold NaN or infinity")
+            return self._shared(ImageInput("features-" + digest_tensor(source), len(source), source))
         if self.processor is None or self.processor.image_processor is None or not self.visual_tokens:
             raise ViCAError("this model has no vision tower: give images as features [tokens, width]")
-        return self._shared(ImageInput(self._digest(source), self.visual_tokens, source))
+        key, source = self._identify(source)
+        return self._shared(ImageInput(key, self.visual_tokens, source))
 
     def _shared(self, image: ImageInput) -> ImageInput:
         with self.image_lock:
             return self.waiting.setdefault(image.key, image)
 
-    def _digest(self, source) -> str:
-        """Of the content as it comes: a known file is not even decoded."""
+    def _identify(self, source) -> tuple[str, object]:
+        """The digest of the content as it comes, so that a known file is not even decoded; and what to load, which for
+        URLs and open files is what was loaded here."""
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
             status = os.stat(source)
-            name = (os.fspath(source), status.st_size, status.st_mtime_ns)
-            if name not in self.files:
-                with open(source, "rb") as file:
-                    self.files[name] = digest(file.read())
-            return self.files[name]
+            return digest_file(os.path.abspath(source), status.st_size, status.st_mtime_ns), source
         if isinstance(source, (bytes, bytearray, memoryview)):
-            return digest(bytes(source))
-        image = source if isinstance(source, Image.Image) else load_image(source)
-        with self.image_lock:  # an opened file is decoded here, which two threads must not do at once
-            content = image.tobytes()
-        return digest(f"{image.mode} {image.size}".encode() + content)
+            return digest(bytes(source)), source
+        if not isinstance(source, Image.Image):
+            image = source = load_image(source)
+        else:  # an opened file is decoded here, which two threads must not do at once
+            with self.decoding[id(source) % len(self.decoding)]:
+                image = load_image(source)
+        return digest(f"{image.size}".encode() + image.tobytes()), source
 
-    def load(self, image: ImageInput, start: int) -> None:
-        """Makes sure that an image the memory does not hold has pixels or features."""
+    def load(self, image: ImageInput) -> None:
+        """Pixels or features. Features are copied: they will be kept, and the caller may change theirs."""
         with image.lock:
-            if image.features is None and image.pixels is None and not self.known(image.key, start):
+            if isinstance(image.source, torch.Tensor) and image.features is None:
+                image.features = image.source.detach().clone()
+            elif image.features is None and image.pixels is None:
                 (image.pixels,) = self.processor.process_images([image.source])
+
+
+@lru_cache(maxsize=2**16)
+def digest_file(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return digest(file.read())

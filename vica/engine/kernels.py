@@ -1,8 +1,9 @@
 """ops.py on CUDA: Triton kernels for what lies between the large matrix products, which are cuBLAS's.
 
 Each does a whole step of a layer in one pass over its data: norms, rotary with the K/V's way to their slots, attention
-over slots and over images, the gate. A single row is multiplied by kernels of its own, which read weights at the
-memory's full rate.
+over slots and over images, the gate. Few rows are multiplied by kernels of their own, which read weights at nearly the
+memory's full rate. On Hopper and later, each kernel is launched while the one before still runs (programmatic
+dependent launch).
 """
 
 import torch
@@ -10,70 +11,86 @@ import triton
 import triton.language as tl
 
 from .ops import TorchOps
-from .step import ImageWork, Step, to_device
+from .step import ImageWork, Step
 
-KEYS = 64  # of one round of an attention kernel
 HEADS = 8  # that one program of a rotary or merging kernel takes
+FEW_ROWS = 32  # up to here our products are faster than cuBLAS's
+LOG2E = 1.4426950408889634  # partial results are weighed in powers of two, which the hardware has
 
 
 class CudaOps(TorchOps):
+    def __init__(self, shape, cos, sin):
+        super().__init__(shape, cos, sin)
+        self.hopper = torch.cuda.get_device_capability(cos.device)[0] >= 9
+        self.padded_dim = max(16, triton.next_power_of_2(shape.head_dim))  # products take no less
+        self.half = triton.next_power_of_2(shape.head_dim // 2)
+
     def norm(self, x, weight):
-        out = torch.empty_like(x)
-        width = x.shape[1]
-        _rms_norm[(len(x),)](x, weight, out, self.shape.eps, width, triton.next_power_of_2(width), num_warps=8)
+        out, width = torch.empty_like(x), x.shape[1]
+        _rms_norm[(len(x),)](
+            x, weight, out, self.shape.eps, width, triton.next_power_of_2(width), self.hopper, num_warps=8,
+            launch_pdl=self.hopper,
+        )  # fmt: skip
         return out
 
     def linear(self, x, weight, bias=None):
-        if len(x) > 1 or bias is not None:
+        if bias is not None or not self._few(x, weight):
             return super().linear(x, weight, bias)
-        return _multiply_row(x, weight, torch.empty(1, len(weight), dtype=x.dtype, device=x.device), add=False)
+        return self._multiply(x, weight, torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device), add=False)
 
     def add_linear(self, hidden, x, weight, bias=None):
-        if len(x) > 1 or bias is not None:
+        if bias is not None or not self._few(x, weight) or not x.is_contiguous():
             super().add_linear(hidden, x, weight, bias)
         else:
-            _multiply_row(x, weight, hidden, add=True)
+            self._multiply(x, weight, hidden, add=True)
+
+    def _few(self, x, weight) -> bool:
+        even = weight.shape[0] % 64 == 0 and weight.shape[1] % 256 == 0
+        return len(x) <= FEW_ROWS and even
+
+    def _multiply(self, x, weight, out, add: bool):
+        size, columns = weight.shape
+        if len(x) == 1:
+            rows, step, warps = _row_blocks(columns)
+            _multiply_row[(size // rows,)](
+                x, weight, out, columns, rows, step, add, self.hopper, num_warps=warps, launch_pdl=self.hopper
+            )
+        else:
+            stages = 2 if x.element_size() > 2 else 3 if size >= 8192 else 5
+            _multiply_rows[(size // 64,)](
+                x, weight, out, len(x), size, columns, triton.next_power_of_2(max(16, len(x))), 64, 128, add,
+                self.hopper, num_warps=4, num_stages=stages, launch_pdl=self.hopper,
+            )  # fmt: skip
+        return out
 
     def gated(self, x, weight, bias=None):
         if self.shape.activation != "silu":
             return super().gated(x, weight, bias)
         size = len(weight) // 2
         out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
-        if len(x) == 1 and bias is None:
-            rows, columns, warps = _row_blocks(size, x.shape[1])
-            _gated_row[(triton.cdiv(size, rows),)](x, weight, out, size, x.shape[1], rows, columns, num_warps=warps)
+        if len(x) == 1 and bias is None and self._few(x, weight):
+            rows, step, warps = _row_blocks(x.shape[1])
+            _gated_row[(size // rows,)](
+                x, weight, out, size, x.shape[1], rows, step, self.hopper, num_warps=warps, launch_pdl=self.hopper
+            )
             return out
-        both = super().linear(x, weight, bias)
-        _gate[(triton.cdiv(size, 1024), len(x))](both, out, size, 1024)
+        both = self.linear(x, weight, bias)
+        _gate[(triton.cdiv(size, 1024), len(x))](both, out, size, 1024, self.hopper, launch_pdl=self.hopper)
         return out
 
     def rope_store(self, qkv, pos, slot, pool):
         s = self.shape
-        heads = s.heads + 2 * s.kv_heads
-        grid = (len(qkv), triton.cdiv(heads, HEADS))
-        half = triton.next_power_of_2(s.head_dim // 2)
-        _rope_store[grid](
-            qkv, pool, self.cos, self.sin, pos, slot, qkv.stride(0), s.heads, s.kv_heads, s.head_dim, half, HEADS
-        )
+        _rope_store[(len(qkv), triton.cdiv(s.heads + 2 * s.kv_heads, HEADS))](
+            qkv, pool, self.cos, self.sin, pos, slot, qkv.stride(0), s.heads, s.kv_heads, s.head_dim, self.half, HEADS,
+            self.hopper, launch_pdl=self.hopper,
+        )  # fmt: skip
         return qkv[:, : s.heads]
 
-    def place_images(self, images, starts):
-        sizes = [x.shape[3] for x in images]
-        arrays = dict(address=[x.data_ptr() for x in images], tokens=sizes, start=starts)
-        t = to_device(arrays, self.cos.device)
-        count = torch.tensor(sizes)
-        first = count.cumsum(0) - count
-        t["image"] = torch.repeat_interleave(count).to(self.cos.device, non_blocking=True)
-        t["first"] = first.to(self.cos.device, non_blocking=True)
-        return t
-
-    def image_store(self, kv, layer, place):
+    def image_store(self, kv, layer, place, images):
         s = self.shape
-        grid = (len(kv), triton.cdiv(2 * s.kv_heads, HEADS))
-        half = triton.next_power_of_2(s.head_dim // 2)
-        _image_store[grid](
-            kv, place["address"], place["tokens"], place["start"], place["first"], place["image"], self.cos, self.sin,
-            layer, s.kv_heads, s.head_dim, half, HEADS,
+        _image_store[(len(kv), triton.cdiv(2 * s.kv_heads, HEADS))](
+            kv, _address(kv), place["address"], place["tokens"], place["first"], place["image"], place["pos"], self.cos,
+            self.sin, layer, s.kv_heads, s.head_dim, self.half, HEADS, self.hopper, launch_pdl=self.hopper,
         )  # fmt: skip
 
     def attend(self, q, pool, step: Step, frozen: bool, image_layer: int | None):
@@ -84,12 +101,13 @@ class CudaOps(TorchOps):
             self._text(q, pool, tiles, step, mixed, None)
             return mixed[first:]
         text = self._text(q, pool, tiles, step, *self._partials(q, step.splits * len(q)))
-        image = self._image(q, images, image_layer) if images is not None else text
+        image = self._image(q, pool, images, image_layer) if images is not None else text
         grid = (len(q) - first, triton.cdiv(q.shape[1], HEADS))
         starts, parts = (images.starts, images.parts) if images is not None else (step.limit, step.limit)
         _merge[grid](
             *text, *image, starts, parts, mixed, first, len(q), q.shape[1], q.shape[2],
-            triton.next_power_of_2(q.shape[2]), HEADS, step.splits, images is not None,
+            self.padded_dim, HEADS, step.splits, images is not None, self.hopper,
+            launch_pdl=self.hopper,
         )  # fmt: skip
         return mixed[first:]
 
@@ -102,73 +120,95 @@ class CudaOps(TorchOps):
 
     def _text(self, q, pool, tiles, step: Step, out, lse):
         s = self.shape
-        grid = (s.heads, len(tiles), step.splits)
-        _text_attention[grid](
+        _text_attention[(s.heads, len(tiles), step.splits)](
             q, pool, tiles, step.table, step.limit, out, out if lse is None else lse, q.stride(0), step.table.stride(0),
-            len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, triton.next_power_of_2(s.head_dim),
-            max(16, step.block), KEYS, step.splits, lse is not None, num_warps=4,
+            len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, self.padded_dim, max(16, step.block), 64,
+            step.splits, lse is not None, self.hopper, num_warps=2 if step.block <= 16 else 4, num_stages=2,
+            launch_pdl=self.hopper,
         )  # fmt: skip
         return out, lse
 
-    def _image(self, q, images: ImageWork, layer: int):
-        s = self.shape
+    def _image(self, q, pool, images: ImageWork, layer: int):
+        s, few = self.shape, images.block <= 16
         out, lse = self._partials(q, len(images.rows))
         _image_attention[(s.heads, len(images.items))](
-            q, images.items, images.rows, out, lse, q.stride(0), layer, s.scale * LOG2E, s.heads, s.kv_heads,
-            s.head_dim, triton.next_power_of_2(s.head_dim), max(16, images.block), KEYS, num_warps=4,
+            q, pool, _address(pool), images.items, images.rows, out, lse, q.stride(0), layer, s.scale * LOG2E, s.heads,
+            s.kv_heads, s.head_dim, self.padded_dim, max(16, images.block), 64, self.hopper,
+            num_warps=2 if few else 4, num_stages=2 if few else 3, launch_pdl=self.hopper,
         )  # fmt: skip
         return out, lse
 
 
-LOG2E = 1.4426950408889634  # partial results are weighed in powers of two, which the hardware has
+def _address(x: torch.Tensor) -> int:
+    return x.data_ptr() // x.element_size()
 
 
-def _row_blocks(rows: int, columns: int) -> tuple[int, int, int]:
+def _row_blocks(columns: int) -> tuple[int, int, int]:
     """Rows and columns of a weight that one program reads, and its warps: the fastest found on an H200."""
-    if columns % 1024 == 0:
-        return 1, 1024, 8
-    return 4, 256, 4
+    return (1, 1024, 8) if columns % 1024 == 0 else (4, 256, 4)
 
 
-def _multiply_row(x, weight, out, add: bool):
-    rows, columns, warps = _row_blocks(*weight.shape)
-    grid = (triton.cdiv(len(weight), rows),)
-    _linear_row[grid](x, weight, out, *weight.shape, rows, columns, add, num_warps=warps)
-    return out
+# What kernels must do first: nothing that the kernel before may still write is touched before the wait.
+@triton.jit
+def _wait(HOPPER: tl.constexpr):
+    if HOPPER:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _dot_row(x, weight, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, live):
-    """Rows `n` of the weight times x, [BN]."""
-    k = tl.arange(0, BK)
-    acc = tl.zeros([BN, BK], tl.float32)
-    for at in range(0, K, BK):
-        inside = at + k < K
-        w = tl.load(weight + n.to(tl.int64)[:, None] * K + (at + k)[None, :], live[:, None] & inside[None, :], 0.0)
-        v = tl.load(x + at + k, inside, 0.0)
-        acc += w.to(tl.float32) * v.to(tl.float32)[None, :]
-    return tl.sum(acc, 1)
+def _multiply_row(
+    x, weight, out, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, HOPPER: tl.constexpr
+):
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    w = tl.load(at)  # weights are constant: the first are on their way before the wait
+    _wait(HOPPER)
+    start = tl.load(out + n).to(tl.float32) if ADD else tl.zeros([BN], tl.float32)
+    acc = w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
+    for i in range(BK, K, BK):
+        acc += tl.load(at + i).to(tl.float32) * tl.load(x + i + k).to(tl.float32)[None, :]
+    tl.store(out + n, (tl.sum(acc, 1) + start).to(out.dtype.element_ty))
 
 
 @triton.jit
-def _linear_row(x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr):
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    y = _dot_row(x, weight, n, K, BN, BK, n < N)
+def _gated_row(x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOPPER: tl.constexpr):
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    gate_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    up_at = gate_at + N.to(tl.int64) * K
+    w, u = tl.load(gate_at), tl.load(up_at)
+    _wait(HOPPER)
+    v = tl.load(x + k).to(tl.float32)[None, :]
+    gate, up = w.to(tl.float32) * v, u.to(tl.float32) * v
+    for i in range(BK, K, BK):
+        v = tl.load(x + i + k).to(tl.float32)[None, :]
+        gate += tl.load(gate_at + i).to(tl.float32) * v
+        up += tl.load(up_at + i).to(tl.float32) * v
+    gate, up = tl.sum(gate, 1), tl.sum(up, 1)
+    tl.store(out + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty))
+
+
+@triton.jit
+def _multiply_rows(
+    x, weight, out, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
+    HOPPER: tl.constexpr,
+):  # fmt: skip
+    _wait(HOPPER)
+    n, m, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
+    live = m[None, :] < M
+    to = out + m[None, :] * N + n[:, None]
+    acc = tl.zeros([BN, BM], tl.float32)
     if ADD:
-        y += tl.load(out + n, n < N, 0.0).to(tl.float32)
-    tl.store(out + n, y.to(out.dtype.element_ty), n < N)
+        acc = tl.load(to, live, 0.0).to(tl.float32)
+    for i in range(0, K, BK):
+        w = tl.load(weight + n.to(tl.int64)[:, None] * K + (i + k)[None, :])
+        acc = tl.dot(w, tl.load(x + m[None, :] * K + (i + k)[:, None], live, 0.0), acc, input_precision="ieee")
+    tl.store(to, acc.to(out.dtype.element_ty), live)
 
 
 @triton.jit
-def _gated_row(x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    gate = _dot_row(x, weight, n, K, BN, BK, n < N)
-    up = _dot_row(x, weight, n + N, K, BN, BK, n < N)
-    tl.store(out + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), n < N)
-
-
-@triton.jit
-def _gate(both, out, size, BLOCK: tl.constexpr):
+def _gate(both, out, size, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
+    _wait(HOPPER)
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + row * 2 * size + n, n < size, 0.0).to(tl.float32)
@@ -177,60 +217,72 @@ def _gate(both, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _rms_norm(x, weight, out, eps, width, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
     n = tl.arange(0, BLOCK)
+    w = tl.load(weight + n, n < width, 0.0).to(tl.float32)
+    _wait(HOPPER)
+    row = tl.program_id(0).to(tl.int64)
     v = tl.load(x + row * width + n, n < width, 0.0).to(tl.float32)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / width + eps)
-    v = v.to(out.dtype.element_ty).to(tl.float32) * tl.load(weight + n, n < width, 0.0).to(tl.float32)
+    v = v.to(out.dtype.element_ty).to(tl.float32) * w
     tl.store(out + row * width + n, v.to(out.dtype.element_ty), n < width)
 
 
 @triton.jit
-def _rotated(x, cos, sin, where, turn, D: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of heads at `where` [heads, 1], rotated where `turn` [heads, 1]."""
+def _rotated(x, cos, sin, where, live, turn, D: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of the heads at `where` [heads, 1], rotated where `turn` [heads, 1]."""
     d = tl.arange(0, HALF)[None, :]
     inside = d < D // 2
-    left = tl.load(x + where + d, inside, 0.0).to(tl.float32)
-    right = tl.load(x + where + D // 2 + d, inside, 0.0).to(tl.float32)
+    left = tl.load(x + where + d, live & inside, 0.0).to(tl.float32)
+    right = tl.load(x + where + D // 2 + d, live & inside, 0.0).to(tl.float32)
     c, s = tl.load(cos + d, inside, 0.0), tl.load(sin + d, inside, 0.0)
     return tl.where(turn, left * c - right * s, left), tl.where(turn, right * c + left * s, right)
 
 
 @triton.jit
 def _rope_store(
-    qkv, pool, cos, sin, pos, slot, stride, H, G, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
+    qkv, pool, cos, sin, pos, slot, stride, H, G, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    HOPPER: tl.constexpr,
+):  # fmt: skip
+    _wait(HOPPER)
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    head = tl.minimum(head, H + 2 * G - 1)  # the last one again: programs may write the same twice
+    live = head < H + 2 * G
     at = tl.load(pos + row) * D
     base = qkv + row * stride
-    left, right = _rotated(base, cos + at, sin + at, head * D, head < H + G, D, HALF)
+    left, right = _rotated(base, cos + at, sin + at, head * D, live, head < H + G, D, HALF)
     # queries stay where they are; keys, then values, lie side by side in a slot
     to = tl.where(head < H, base + head * D, pool + tl.load(slot + row) * 2 * G * D + (head - H) * D)
     d = tl.arange(0, HALF)[None, :]
-    tl.store(to + d, left.to(qkv.dtype.element_ty), d < D // 2)
-    tl.store(to + D // 2 + d, right.to(qkv.dtype.element_ty), d < D // 2)
+    live = live & (d < D // 2)
+    tl.store(to + d, left.to(qkv.dtype.element_ty), live)
+    tl.store(to + D // 2 + d, right.to(qkv.dtype.element_ty), live)
 
 
 @triton.jit
 def _image_store(
-    kv, address, tokens, start, first, image, cos, sin, layer, G, D: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
+    kv, base, address, tokens, first, image, pos, cos, sin, layer, G, D: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    _wait(HOPPER)
     row = tl.program_id(0).to(tl.int64)
-    which = tl.load(image + row)
+    which, at = tl.load(image + row), tl.load(pos + row) * D
     token, size = row - tl.load(first + which), tl.load(tokens + which)
-    at = (tl.load(start + which) + token) * D
     head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    left, right = _rotated(kv + row * 2 * G * D, cos + at, sin + at, tl.minimum(head, 2 * G - 1) * D, head < G, D, HALF)
-    to = tl.load(address + which).to(tl.pointer_type(kv.dtype.element_ty))
-    to += ((layer * 2 * G + head) * size + token) * D
+    live = head < 2 * G
+    left, right = _rotated(kv + row * 2 * G * D, cos + at, sin + at, head * D, live, head < G, D, HALF)
+    to = _at(kv, base, tl.load(address + which)) + ((layer * 2 * G + head) * size + token) * D
     d = tl.arange(0, HALF)[None, :]
-    live = (head < 2 * G) & (d < D // 2)
+    live = live & (d < D // 2)
     tl.store(to + d, left.to(kv.dtype.element_ty), live)
     tl.store(to + D // 2 + d, right.to(kv.dtype.element_ty), live)
+
+
+@triton.jit
+def _at(anchor, base, address):
+    """A pointer from an address in elements. It is counted from a tensor's own, whose alignment the compiler knows:
+    a bare number's it does not, and it would read and write value by value."""
+    return anchor + tl.multiple_of(address - base, 8)
 
 
 @triton.jit
@@ -249,7 +301,9 @@ def _round(q, k, v, seen, best, total, acc, scale):
 def _text_attention(
     q, pool, tiles, table, limit, out, lse, q_stride, table_stride, rows, scale, H, G, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):  # fmt: skip
+    _wait(HOPPER)
     head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1)
     if count == 0:
@@ -283,15 +337,16 @@ def _text_attention(
 
 @triton.jit
 def _image_attention(
-    q, items, image_rows, out, lse, q_stride, layer, scale, H, G, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, anchor, base, items, image_rows, out, lse, q_stride, layer, scale, H, G, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    _wait(HOPPER)
     head, item = tl.program_id(0), items + tl.program_id(1) * 6
     tokens, low, high = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     first, count = tl.load(item + 4), tl.load(item + 5)
     if count == 0:
         return
-    k_at = tl.load(item).to(tl.pointer_type(q.dtype.element_ty)) + (layer * 2 * G + head // (H // G)) * tokens * D
+    k_at = _at(anchor, base, tl.load(item)) + (layer * 2 * G + head // (H // G)) * tokens * D
     v_at = k_at + G * tokens * D
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, DP)
     live = m < count
@@ -314,8 +369,9 @@ def _image_attention(
 @triton.jit
 def _merge(
     text, text_lse, image, image_lse, starts, parts, out, first, rows, H, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, IMAGES: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, IMAGES: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    _wait(HOPPER)
     row = first + tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, DP)[None, :]

@@ -1,6 +1,6 @@
 """One prompt as the engine computes it: which tokens are hidden rows, where they stand, which images they see.
 
-accel: text tokens are rows and images are K/V beside them. dense: visual tokens are rows too, and there is no image K/V.
+accel: text tokens are rows, and images are K/V beside them. dense: visual tokens are rows too; there is no image K/V.
 """
 
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class ImageMemory:
         self.limit, self.device, self.binding, self.keep = limit, device, binding, keep
         self.entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()  # least recently used first
         self.bytes = self.in_use = 0
-        self.hits = self.misses = self.evictions = 0
+        self.hits = self.misses = self.evictions = 0  # of entries that requests came with
 
     def __len__(self) -> int:
         return len({key for key, _ in self.entries})
@@ -64,9 +64,6 @@ class ImageMemory:
             if not self._make_room(size):
                 return None
             entry = self._insert(Entry(key, start, size))
-            self.misses += 1
-        else:
-            self.hits += 1
         if not entry.users:
             self.in_use += entry.bytes
         entry.users += 1
@@ -138,8 +135,8 @@ class ImageMemory:
                 return self._load(file, file.offset_keys(), path)
         except FileNotFoundError:
             raise ViCAError(f"image memory {os.fspath(path)!r}: no such file") from None
-        except SafetensorError as error:
-            raise ViCAError(f"image memory {os.fspath(path)!r}: no such file can be read ({error})") from error
+        except (OSError, SafetensorError) as error:
+            raise ViCAError(f"image memory {os.fspath(path)!r}: cannot be read ({error})") from error
 
     def _load(self, file, names: list[str], path) -> int:
         loaded, left = set(), 0
@@ -160,9 +157,13 @@ class ImageMemory:
         return len(loaded)
 
     def _check(self, metadata: dict, path) -> None:
-        if metadata.get("format") != FORMAT:
+        try:
+            theirs = dict(json.loads(metadata["binding"])) if metadata.get("format") == FORMAT else None
+        except (KeyError, TypeError, ValueError):
+            theirs = None
+        if theirs is None:
             raise ViCAError(f"image memory {os.fspath(path)!r}: not a file that image_memory.save wrote")
-        theirs, ours = json.loads(metadata["binding"]), self.binding()
+        ours = json.loads(json.dumps(self.binding()))  # tuples as lists
         for name in ours:
             if theirs.get(name) != ours[name]:
                 raise ViCAError(

@@ -68,15 +68,9 @@ class TorchOps:
         pool[slot] = torch.stack([rotate(k, rope), v], 1)
         return rotate(q, rope)
 
-    def place_images(self, images: list[torch.Tensor], starts: list[int]):
-        """Where the rows of concatenated images go: what `image_store` needs, made once for all layers."""
-        pos = torch.cat([torch.arange(at, at + x.shape[3]) for at, x in zip(starts, images)])
-        return images, pos.to(self.cos.device)
-
-    def image_store(self, kv: torch.Tensor, layer: int, place) -> None:
-        """K and V of the rows [rows, 2, G, D], keys rotated, to a layer's place in each image [.., 2, G, tokens, D]."""
-        images, pos = place
-        k, v = rotate(kv[:, 0], self._rope(pos, kv.dtype)), kv[:, 1]
+    def image_store(self, kv: torch.Tensor, layer: int, place: dict, images: list[torch.Tensor]) -> None:
+        """K and V of rows [rows, 2, G, D], keys rotated, to a layer's place in each image [.., 2, G, tokens, D]."""
+        k, v = rotate(kv[:, 0], self._rope(place["pos"], kv.dtype)), kv[:, 1]
         for image, one in zip(images, torch.stack([k, v]).split([x.shape[3] for x in images], 1)):
             image[layer] = one.transpose(1, 2)
 
@@ -98,11 +92,11 @@ class TorchOps:
         """Partial results [splits, N, H, D] and their LSE [splits, N, H]."""
         out = q.new_zeros(1, *q.shape, dtype=wide(q))
         lse = out.new_full(out.shape[:3], float("-inf"))
-        block = torch.arange(int(tiles[:, 1].max()))
+        block = torch.arange(int(tiles[:, 1].max()), device=q.device)
         rows = tiles[:, :1] + torch.minimum(block, tiles[:, 1:2] - 1)  # [T, M], the last one repeated
         limit = step.limit[rows]
         slots = step.table[tiles[:, 2], : int(limit.max()) + 1]
-        mask = torch.arange(slots.shape[1]) <= limit[..., None]
+        mask = torch.arange(slots.shape[1], device=q.device) <= limit[..., None]
         got, got_lse = attend_heads(q[rows], pool[slots, 0], pool[slots, 1], self.shape.scale, mask)
         out[0, rows.flatten()], lse[0, rows.flatten()] = got.flatten(0, 1), got_lse.flatten(0, 1)
         return out, lse

@@ -1,10 +1,11 @@
 """What is asked of the engine, and what it answers."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ViCAError
+
+MAX_TEMPERATURE = 1e6  # far beyond any use, and no float32 overflows
 
 
 @dataclass(eq=False)
@@ -23,7 +24,7 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     seed: int | None = None
-    stop: str | list[str] = field(default_factory=list)
+    stop: str | list[str] | None = None
     ignore_eos: bool = False
     id: Any = None  # the caller's own name for it
     result: "Result | None" = field(default=None, init=False, repr=False)
@@ -36,20 +37,21 @@ class Request:
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def check(self) -> None:
         whole = {"max_new_tokens": (self.max_new_tokens, 1), "top_k": (self.top_k, 0)}
         for name, (value, least) in whole.items():
             if not isinstance(value, int) or value < least:
                 raise ViCAError(f"{name} is {value!r}; it must be a whole number from {least}")
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
-            raise ViCAError(f"temperature is {self.temperature!r}; it must be a number from 0")
+        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature <= MAX_TEMPERATURE):
+            raise ViCAError(f"temperature is {self.temperature!r}; it must be a number from 0 to {MAX_TEMPERATURE:g}")
         if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ViCAError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise ViCAError(f"seed is {self.seed!r}; it must be a whole number or None")
-        if not all(isinstance(s, str) and s for s in self.stops):
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise ViCAError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1, or None")
+        listed = self.stop is None or isinstance(self.stop, (str, list, tuple))
+        if not listed or self.stop == "" or not all(isinstance(s, str) and s for s in self.stops):
             raise ViCAError(f"stop is {self.stop!r}; it must be one or more non-empty strings")
 
 

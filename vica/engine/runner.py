@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..bench.flops import visual_tokens
 from .decoder import Decoder
 from .graphs import Graphs
 from .layout import VISUAL, Layout
 from .ops import Shape, TorchOps
 from .pool import TextPool
 from .sampling import sample
-from .step import Step, block_of, cut_tiles, image_arrays, image_work, to_device
-from .tower import IMAGES, Tower
+from .step import Step, block_of, cut_tiles, image_arrays, image_places, image_work, to_device
+from .tower import CAPTURED_IMAGES, IMAGES, Tower
 
 CAPTURED_ROWS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # prefills up to here are captured
 LONG_TEXT = 256  # text keys from which on a row's attention is cut into parts, where the batch is small
@@ -48,11 +49,12 @@ class Runner:
         self.decoder = Decoder(model.model.layers, config.plan, self.ops, self.pool.kv)
         self.graphs = Graphs(self.device, cuda_graphs and self.device.type == "cuda")
         self.tower = Tower(model, self.graphs) if hasattr(model.model, "vision_tower") else None
+        self.visual_tokens, self.image_rows = visual_tokens(config), {}  # features of captured passes, by their number
         lanes = max_batch + 1
         self.table = torch.zeros(lanes, self.width, dtype=torch.int64, device=self.device)
         self.last_ids, self.next_pos, self.length = torch.zeros(3, lanes, dtype=torch.int64, device=self.device)
         cuda = self.device.type == "cuda"
-        self.blocks_wanted = 2 * torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
+        self.blocks_wanted = torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
 
     # --- images ---
 
@@ -71,8 +73,19 @@ class Runner:
 
     def image_kv(self, features: list[torch.Tensor], starts: list[int]) -> list[torch.Tensor]:
         """Frozen K/V of images whose first tokens stand at `starts`."""
-        many = range(0, len(features), IMAGES)
-        return [kv for i in many for kv in self.decoder.image_kv(features[i : i + IMAGES], starts[i : i + IMAGES])]
+        images = self.decoder.empty_images([len(x) for x in features])
+        for i in range(0, len(images), IMAGES):
+            self._fill_images(images[i : i + IMAGES], features[i : i + IMAGES], starts[i : i + IMAGES])
+        return images
+
+    def _fill_images(self, images, features, starts) -> None:
+        arrays, rows, capacity = image_places(images, starts), torch.cat(features), None
+        if len(images) <= CAPTURED_IMAGES[-1] and all(len(x) == self.visual_tokens for x in features):
+            capacity = {name: len(x) for name, x in arrays.items()}
+            rows = self.image_rows.setdefault(len(images), torch.empty_like(rows)).copy_(rows)
+        self.graphs.run(
+            ("images", len(images)), arrays, capacity, lambda place: self.decoder.fill_images(rows, place, images)
+        )
 
     # --- prompts ---
 

@@ -18,7 +18,7 @@ def sample(logits: torch.Tensor, temperature, top_k, top_p, seed, step) -> torch
 
 
 def keep_top_k(scores, top_k):
-    count = torch.where(top_k > 0, top_k, scores.shape[1]).clamp(max=scores.shape[1])
+    count = torch.where(top_k > 0, top_k, scores.shape[1]).clamp(max=scores.shape[1]).long()
     least = scores.sort(-1, descending=True).values.gather(1, count[:, None] - 1)
     return scores.masked_fill(scores < least, float("-inf"))
 
@@ -28,12 +28,13 @@ def keep_top_p(scores, top_p):
     ordered, index = scores.sort(-1, descending=True)
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability
-    out = (before >= top_p[:, None]).scatter(1, index, before >= top_p[:, None])
-    return scores.masked_fill(out, float("-inf"))
+    # the likeliest always stays; where all may stay, a rounded sum that reaches 1 early must not matter
+    out = (before >= top_p[:, None]) & (before > 0) & (top_p < 1)[:, None]
+    return scores.masked_fill(out.scatter(1, index, out), float("-inf"))
 
 
 def gumbel(width: int, seed: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     state = scramble(scramble(seed) + step)[:, None]
-    bits = scramble(state + torch.arange(width, device=seed.device)) & (1 << 24) - 1
-    uniform = (bits.float() + 0.5) / (1 << 24)
-    return -torch.log(-torch.log(uniform))
+    bits = scramble(state + torch.arange(width, device=seed.device)) & (1 << 52) - 1
+    uniform = (bits.double() + 0.5) / (1 << 52)  # never 0 or 1, and fine near 1, where the winners of a vocabulary are
+    return -torch.log(-torch.log(uniform)).float()

@@ -1,8 +1,8 @@
 """Continuous batching: which requests run, in which lanes, with which slots and images.
 
-`step` lets prepared requests in (their images, then one prefill for all of them), tells the device to make every running
-request's next token, and reads the tokens of the step before, so that host and device work at the same time. A request
-takes all the slots it may need when it enters: what runs can always go on, and what does not fit waits.
+`step` lets prepared requests in (their images, then one prefill for all of them), tells the device to make every
+running request's next token, and reads the tokens of the step before, so that host and device work at the same time.
+A request takes all the slots it may need when it enters: what runs can always go on, and what does not fit waits.
 """
 
 import logging
@@ -26,6 +26,7 @@ from .text import TextStream, cut
 log = logging.getLogger(__name__)
 
 PREFILL_ROWS = 8192  # of one pass: enough to keep any device busy, and a bound on its memory
+COLDEST = 1e-6  # temperatures below draw the likeliest token whatever the noise, and overflow float32
 PATIENCE = 0.05  # seconds that a prepared request waits for others to share its prefill
 
 
@@ -77,6 +78,7 @@ class Scheduler:
         self.in_flight: deque[tuple[torch.Tensor, object, list[Sequence]]] = deque()
         self.batch: Batch | None = None
         self.prefill_rows = PREFILL_ROWS
+        self.most_active = max_batch
 
     @property
     def busy(self) -> bool:
@@ -94,17 +96,20 @@ class Scheduler:
     def _choose(self) -> list[Sequence]:
         """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
         other as long as others run, and for a moment if none does."""
-        free, wanted = len(self.lanes), min(len(self.waiting), max(1, self.max_batch // 4))
+        free = min(len(self.lanes), self.most_active - len(self.active))
+        wanted = min(len(self.waiting), max(1, self.most_active // 4))
         if not wanted or (self.active and free < wanted):
             return []
         ready = [s for s in self.waiting if s.prepared.done()]
         if self.active:
             patient = not ready or time.perf_counter() - ready[0].submitted < PATIENCE
             return [] if len(ready) < wanted and patient else ready[:free]
-        deadline = None
-        while len(ready) < wanted and (deadline is None or time.perf_counter() < deadline):
-            wait([s.prepared for s in self.waiting if not s.prepared.done()], deadline and PATIENCE, FIRST_COMPLETED)
-            deadline = deadline or time.perf_counter() + PATIENCE
+        deadline = time.perf_counter() + PATIENCE
+        while len(ready) < wanted and (not ready or time.perf_counter() < deadline):
+            unready = [s.prepared for s in self.waiting if not s.prepared.done()]
+            wait(unready, PATIENCE if ready else None, FIRST_COMPLETED)
+            if not ready:
+                deadline = time.perf_counter() + PATIENCE
             ready = [s for s in self.waiting if s.prepared.done()]
         return ready[:free]
 
@@ -140,10 +145,10 @@ class Scheduler:
             slots, held = self._take_slots(sequence, layout, len(layout) + sequence.most - done - 1)
             sequence.row = Row(layout, 0, slots, held)
             self._take_images(sequence, layout, prepared.images)
-        except (NoRoom, ViCAError):
+        except BaseException:
             self._give_back(sequence)
             raise
-        if request.temperature > 0:
+        if request.temperature > COLDEST:
             sequence.row.sampling = (request.temperature, request.top_k, request.top_p, sequence.seed)
         sequence.row.lane = self.lanes.pop()
         sequence.launched = done
@@ -178,9 +183,21 @@ class Scheduler:
             raise ViCAError(f"the request's images take {sum(sizes)} bytes, image_memory_bytes is {self.memory.limit}")
         for image, place, size in zip(images, layout.images, sizes):
             start = place.start if self.runner.images_are_kv else FEATURES
+            if self.memory.find(image.key, start) is None:
+                self._hold(image)
             if (entry := self.memory.acquire(image.key, start, size)) is None:
                 raise NoRoom
             sequence.entries.append(entry)
+
+    def _hold(self, image: ImageInput) -> None:
+        """What an entry will be made of, held whatever is evicted until then. An image that the memory had when it was
+        prepared may be gone by now, and its file too: that is its request's failure alone."""
+        if image.features is None:
+            known = self.memory.find(image.key)
+            if known is not None and known.tensor is not None:
+                image.features = known.tensor
+            else:
+                self.inputs.load(image)
 
     def _enter(self, entering: list[Sequence]) -> None:
         try:
@@ -189,6 +206,9 @@ class Scheduler:
         except torch.OutOfMemoryError:
             self._retreat(entering)
             return
+        except BaseException:
+            self._send_back(entering)
+            raise
         now = time.perf_counter()
         for sequence in entering:
             sequence.admitted = sequence.admitted or now
@@ -202,7 +222,7 @@ class Scheduler:
         for sequence in entering:
             for image, entry in zip(sequence.prepared.result().images, sequence.entries):
                 if entry.tensor is None:
-                    new[entry] = image
+                    new.setdefault(entry, image)
         features = self._features({image.key: image for image in new.values()})
         tensors = [features[entry.key] for entry in new]
         if self.runner.images_are_kv:
@@ -211,21 +231,17 @@ class Scheduler:
             entry.tensor = tensor
         for sequence in entering:
             sequence.row.images = [entry.tensor for entry in sequence.entries]
+        self.memory.misses += len(new)
+        self.memory.hits += sum(len(s.entries) for s in entering) - len(new)
 
     def _features(self, images: dict[str, ImageInput]) -> dict[str, torch.Tensor]:
-        found = {}
-        for key, image in images.items():
-            if (entry := self.memory.find(key)) is not None and entry.tensor is not None:
-                found[key] = entry.tensor
-            elif image.features is not None:
-                found[key] = image.features.to(self.runner.device, self.runner.dtype)
-            else:
-                self.inputs.load(image, None)  # it was known when it was prepared, and has been evicted since
+        held = {key: image.features for key, image in images.items() if image.features is not None}
+        found = {key: x.to(self.runner.device, self.runner.dtype) for key, x in held.items()}
         pixels = {key: image.pixels for key, image in images.items() if key not in found}
         if pixels:
             found |= dict(zip(pixels, self.runner.encode(np.stack(list(pixels.values())))))
         for key, image in images.items():
-            image.pixels = None
+            image.pixels = image.features = None
             if self.runner.images_are_kv:
                 self.memory.offer(key, FEATURES, found[key])
         return found
@@ -290,14 +306,9 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: str, last: Token | None = None, error: str | None = None) -> None:
         now = time.perf_counter()
         started, first = sequence.admitted or now, sequence.first_token
-        text = (
-            ""
-            if self.inputs.processor is None
-            else self.inputs.processor.decode(sequence.tokens, skip_special_tokens=True)
-        )
         sequence.result = Result(
             sequence.request,
-            cut(text, sequence.request.stops)[0].strip(),
+            self._text(sequence),
             list(sequence.tokens),
             reason,
             error,
@@ -315,6 +326,12 @@ class Scheduler:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def _text(self, sequence: Sequence) -> str:
+        if not sequence.tokens or self.inputs.processor is None:
+            return ""
+        text = self.inputs.processor.decode(sequence.tokens, skip_special_tokens=True)
+        return cut(text, sequence.request.stops)[0].strip()
 
     def _leave(self, sequence: Sequence) -> None:
         self.lanes.append(sequence.row.lane)
@@ -337,36 +354,42 @@ class Scheduler:
     def drop_cancelled(self) -> None:
         for sequence in [s for s in (*self.waiting, *self.active) if s.cancelled]:
             self._finish(sequence, "cancelled")
+        if not self.active:  # what is still in flight is nobody's, and would keep its requests alive
+            self.in_flight.clear()
 
     # --- out of memory ---
 
     def _retreat(self, entering: list[Sequence]) -> None:
-        """An entry that did not fit is tried again with half as many."""
+        """An entry that did not fit is tried again with half as many rows."""
         rows = sum(len(s.row.layout) - s.row.held for s in entering)
-        self.prefill_rows = min(self.prefill_rows, max(1, rows // 2))
-        log.warning(
-            "out of memory while %d requests entered: at most %d rows from now on", len(entering), self.prefill_rows
-        )
-        for sequence in reversed(entering):
-            self._leave(sequence)
-            self.waiting.appendleft(sequence)
+        log.warning("out of memory while %d requests entered with %d rows", len(entering), rows)
+        self._send_back(entering)
         self._free_memory()
         if len(entering) == 1:
             self._fail_second_time(entering[0])
+        else:
+            self.prefill_rows = min(self.prefill_rows, max(1, rows // 2))
 
     def _thin_out(self, running: list[Sequence]) -> None:
-        """A step that did not fit goes on with half as many; the others enter again later, with their answers so far."""
+        """After a step that did not fit at most half as many run. All enter again with their answers so far: a step
+        that failed may have moved the lanes on already."""
         while self.in_flight:
             self._harvest()
-        leaving = [s for s in running[len(running) // 2 :] if s.result is None]
-        log.warning("out of memory in a step of %d requests: %d of them wait", len(running), len(leaving))
-        for sequence in reversed(leaving):
+        log.warning("out of memory in a step of %d requests: at most half as many from now on", len(running))
+        left = [s for s in running if s.result is None]
+        for sequence in left:
             self.active.remove(sequence)
+        self._send_back(left)
+        self._free_memory()
+        self.most_active = max(1, len(running) // 2)
+        if len(running) == 1 and left:
+            self._fail_second_time(left[0])
+
+    def _send_back(self, sequences: list[Sequence]) -> None:
+        """They wait again, before all others."""
+        for sequence in reversed(sequences):
             self._leave(sequence)
             self.waiting.appendleft(sequence)
-        self._free_memory()
-        if len(running) == 1 and leaving:
-            self._fail_second_time(leaving[0])
 
     def _fail_second_time(self, sequence: Sequence) -> None:
         if sequence.retried:

@@ -17,7 +17,9 @@ CHUNK = 64  # an item's keys are a multiple of this, but for the last
 
 @dataclass
 class ImageWork:
-    items: torch.Tensor  # [I, 6] address of the K/V, tokens, first key, end of keys, first row, number of rows
+    items: (
+        torch.Tensor
+    )  # [I, 6] address of the K/V (in elements), tokens, first key, end of keys, first row, number of rows
     rows: torch.Tensor  # [R] the items' rows, one item after another; each makes a partial result
     starts: torch.Tensor  # [N + 1] where each row's partial results begin in `parts`
     parts: torch.Tensor  # [R] partial results, sorted by row
@@ -90,7 +92,7 @@ def image_arrays(
         tokens = kv.shape[3]
         size = max(1, -(-tokens // cuts // CHUNK)) * CHUNK
         for low in range(0, tokens, size):
-            items.append((kv.data_ptr(), tokens, low, min(low + size, tokens), first, len(some)))
+            items.append((kv.data_ptr() // kv.element_size(), tokens, low, min(low + size, tokens), first, len(some)))
             kvs.append(kv)
             item_rows.append(some)
             first += len(some)
@@ -98,6 +100,20 @@ def image_arrays(
     parts = np.argsort(of_row, kind="stable")
     starts = np.searchsorted(of_row[parts], np.arange(rows + 1))
     return dict(items=np.array(items), rows=of_row, starts=starts, parts=parts), kvs
+
+
+def image_places(images: list[torch.Tensor], starts: list[int]) -> dict[str, np.ndarray]:
+    """Where each row of concatenated features goes: its position, its image, and the images' addresses and sizes."""
+    sizes = np.array([x.shape[3] for x in images])
+    first = np.cumsum(sizes) - sizes
+    image = np.repeat(np.arange(len(images)), sizes)
+    return dict(
+        pos=np.array(starts)[image] + np.arange(len(image)) - first[image],
+        image=image,
+        address=np.array([x.data_ptr() // x.element_size() for x in images]),
+        tokens=sizes,
+        first=first,
+    )
 
 
 def image_work(tensors: dict[str, torch.Tensor], kvs: list[torch.Tensor], block: int) -> ImageWork | None:

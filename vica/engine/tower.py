@@ -4,6 +4,7 @@ small batches as CUDA graphs. Towers other than transformers' CLIP and SigLIP ru
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import ACT2FN
 
@@ -25,7 +26,7 @@ class Tower:
             self.inner, self.config = inner, inner.config
             self.layers = inner.encoder.layers[: self.tower.depth]
             self.qkv = [fuse(*(getattr(x.self_attn, f"{n}_proj") for n in "qkv")) for x in self.layers]
-            self.act = ACT2FN[self.config.hidden_act]
+            self._choose_steps(inner.config.hidden_act)
         self.pixels: dict[int, torch.Tensor] = {}
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -43,25 +44,40 @@ class Tower:
         arrays = dict(images=np.zeros(1))  # the pixels are the input; they lie in place already
         return self.graphs.run(("tower", size), arrays, dict(images=1), lambda _: self._features(static))[: len(pixels)]
 
+    def _choose_steps(self, activation: str) -> None:
+        self.add_norm, self.act = add_norm, ACT2FN[activation]
+        if self.graphs.device.type == "cuda":
+            from . import tower_kernels
+
+            self.add_norm = tower_kernels.add_norm
+            self.act = tower_kernels.quick_gelu if activation == "quick_gelu" else self.act
+
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         if not self.fast:
             return self.whole(pixels)
         hidden = self.inner.embeddings(pixels.to(self.layers[0].mlp.fc1.weight.dtype))
         if isinstance(self.inner, ClipTower):
             hidden = self.inner.pre_layrnorm(hidden)
-        for layer, (qkv, bias) in zip(self.layers, self.qkv):
-            hidden = self._layer(layer, qkv, bias, hidden)
-        return self.projector(hidden[:, self.tower.skip :])
+        hidden = hidden.contiguous()
+        normed = self.layers[0].layer_norm1(hidden)
+        for layer, after, qkv in zip(self.layers, [*self.layers[1:], None], self.qkv):
+            normed = self.add_norm(hidden, self._attention(layer, normed, *qkv), layer.layer_norm2)
+            update = layer.mlp.fc2(self.act(layer.mlp.fc1(normed)))
+            if after is not None:
+                normed = self.add_norm(hidden, update, after.layer_norm1)
+        return self.projector((hidden + update)[:, self.tower.skip :])
 
-    def _layer(self, layer, qkv, bias, hidden: torch.Tensor) -> torch.Tensor:
-        heads = self.config.num_attention_heads
-        x = F.linear(layer.layer_norm1(hidden), qkv, bias)
-        q, k, v = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    def _attention(self, layer, x: torch.Tensor, qkv, bias) -> torch.Tensor:
+        q, k, v = F.linear(x, qkv, bias).unflatten(-1, (3, self.config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
         with sdpa_kernel(BACKENDS, set_priority=True):
             mixed = F.scaled_dot_product_attention(q, k, v)
-        hidden = hidden + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        x = self.act(layer.mlp.fc1(layer.layer_norm2(hidden)))
-        return hidden + layer.mlp.fc2(x)
+        return layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def add_norm(hidden: torch.Tensor, update: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """hidden += update; the layer norm of it."""
+    hidden += update
+    return norm(hidden)
 
 
 # cuDNN's is the fastest where every image has the same length; it plans once.
