@@ -10,14 +10,16 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from PIL import Image
 
 import vica
-from vica.cli.chat import Talk
 from vica.cli.main import VERBS, main
+from vica.cli.talk import Talk
+from vica.model.plan import VARIANTS
 from vica.toy.model import save
 
-GREEDY = dict(max_new_tokens=4, do_sample=False, pad_token_id=3, eos_token_id=None)
+GREEDY = dict(max_new_tokens=8, temperature=0.0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,67 @@ def ask(model, *arguments) -> int:
     return main(["ask", "--model", model, "--device", "cpu", "--max-new-tokens", "4", *arguments])
 
 
-def test_ask_prints_the_answer_alone(model, picture, capsys):
-    answers = []
-    for variant in ("accel", "mask", "dense"):
-        assert ask(model, "--image", str(picture), "--variant", variant, "What is it?") == 0
-        answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] and answers[0].strip() and answers[0].count("\n") == 1
+def generate(model: str, variant: str, ids: list[int], images: list, new_tokens: int) -> list[int]:
+    """What the plain model says after these ids, computed all at once."""
+    plain, processor = vica.load(model, variant=variant, device="cpu")
+    pixels = processor(images=images)["pixel_values"] if images else None
+    ids = torch.tensor([ids])
+    mask = torch.ones_like(ids)
+    out = plain.generate(ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=new_tokens, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ask_prints_generates_answer_alone(model, picture, variant, capsys):
+    options = ["--image", str(picture), "--variant", variant, "--max-new-tokens", "12"]
+    assert ask(model, *options, "What is it?") == 0
+    out, processor = capsys.readouterr().out, vica.load(model, device="cpu")[1]
+    ids = processor.ask("What is it?", [picture])["input_ids"][0].tolist()
+    answer = processor.decode(generate(model, variant, ids, [picture], 12), skip_special_tokens=True).strip()
+    assert answer and out == answer + "\n"
+
+
+@pytest.mark.parametrize("variant", ["accel", "mask"])
+def test_answers_stream(model, variant, monkeypatch):
+    class Terminal(io.StringIO):
+        shown = []
+
+        def flush(self):
+            self.shown.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert ask(model, "--variant", variant, "--max-new-tokens", "12", "What is it?") == 0
+    growing = [x for x, y in zip(Terminal.shown, Terminal.shown[1:]) if x != y]
+    assert len(growing) > 4 and all(sys.stdout.getvalue().startswith(x) for x in growing)
+
+
+def test_white_space_around_an_answer_is_left_out(model, monkeypatch, capsys):
+    talk = Talk(*vica.load(model, device="cpu"), GREEDY)
+    monkeypatch.setattr(talk, "_fast", lambda request, write: [write(x) or 5 for x in (" ", "\n a", " ", "\n", "b \n")])
+    assert talk.say("What?", []) == "a \nb" and capsys.readouterr().out == "a \nb\n"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stop_strings(model, picture, variant, capsys):
+    def answer(*options):
+        assert ask(model, "--variant", variant, "--image", str(picture), "--max-new-tokens", "12", *options, "So?") == 0
+        return capsys.readouterr().out[:-1]
+
+    whole = answer()
+    early, late = whole[3:5], whole[6:9]
+    assert answer("--stop", late, "--stop", "never said", "--stop", early) == whole[: whole.index(early)].strip()
+    assert answer("--stop", "never said") == whole
+
+
+def test_a_stop_string_ends_the_tokens_too(model):
+    """What follows in a chat is the same, whichever way the answer was made."""
+    kept = []
+    for variant in ("accel", "mask"):
+        talk = Talk(*vica.load(model, variant=variant, device="cpu"), {**GREEDY, "max_new_tokens": 200, "stop": ["e"]})
+        talk.say("What is it?", [])
+        assert len(talk.ids) < 200 and "e" in talk.processor.decode(talk.ids[-1:])
+        kept.append(talk.ids)
+    assert kept[0] == kept[1]
 
 
 def test_pictures_by_url_by_data_and_by_path_are_the_same(model, picture, capsys):
@@ -102,8 +159,13 @@ def test_bad_pictures(model, picture, tmp_path, capsys, name, content, message):
         (["--device", "cuda:77"], "CUDA"),
         (["--device", "toaster"], "toaster"),
         (["--dtype", "int3"], "int3"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
-        (["--temperature", "-1"], "--temperature is -1"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "nan", "--variant", "mask"], "temperature is nan"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--top-k", "-2"], "top_k is -2"),
+        (["--stop", ""], "stop is ['']"),
+        (["--seed", str(2**70)], f"seed is {2**70}"),
         (["--config", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -118,12 +180,15 @@ def test_no_such_model(capsys):
     assert "nowhere is no folder" in capsys.readouterr().err
 
 
-def test_sampling_repeats_with_its_seed(model, capsys):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sampling_repeats_with_its_seed(model, variant, capsys):
     outs = []
-    for seed in ("1", "1", "2"):
-        assert ask(model, "--temperature", "1.5", "--seed", seed, "What?") == 0
+    for options in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"], ["--top-k", "1"], ["--top-p", "1e-6"]):
+        assert ask(model, "--variant", variant, "--temperature", "1.5", *options, "What?") == 0
         outs.append(capsys.readouterr().out)
+    assert ask(model, "--variant", variant, "What?") == 0
     assert outs[0] == outs[1] != outs[2]
+    assert outs[3] == outs[4] == capsys.readouterr().out != outs[0], "the likeliest token alone is left"
 
 
 def test_the_real_program(model, picture):
@@ -144,23 +209,74 @@ def test_every_verb_has_help(verb, capsys):
     assert stop.value.code == 0 and "usage: vica " + verb in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("variant", ["accel", "mask"])
-def test_chat_keeps_its_cache_and_answers_as_if_it_had_none(model, picture, variant, capsys):
-    """Each turn's answer equals generate on all tokens so far, without a cache."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chat_answers_as_the_plain_model_does(model, picture, variant):
+    """Each turn's answer equals generate's on all tokens so far, with the end mark of answers that were cut off."""
     loaded, processor = vica.load(model, variant=variant, device="cpu")
-    talk, pixels = Talk(loaded, processor, GREEDY), []
-    for text, count in (("Hello there", 0), ("What is in these?", 2), ("And now?", 0), ("This one?", 1)):
-        images = [Image.open(picture).convert("RGB").rotate(30 * i) for i in range(count)]
-        before, length = talk.cache, 0 if talk.ids is None else talk.ids.shape[1]
-        answer = talk.say(text, images)
-        assert before is None or talk.cache is before, "one cache for the whole talk"
-        assert length == 0 or talk.ids[0, length] == processor.tokenizer.eos_token_id, "a cut-off answer is ended"
-        assert answer in capsys.readouterr().out, "streamed as it came"
-        pixels += images
-        prompt = talk.ids[:, : -GREEDY["max_new_tokens"]]
-        given = processor(images=pixels)["pixel_values"] if pixels else None
-        again = loaded.generate(prompt, pixel_values=given, **GREEDY)
-        assert again.tolist() == talk.ids.tolist()
+    talk, ids, given, end = Talk(loaded, processor, GREEDY), [], [], processor.tokenizer.eos_token_id
+    for text, count in (("Hello there", 0), ("What is this?", 1), ("And this one?", 1), ("Both?", 0)):
+        images = [Image.open(picture).convert("RGB").rotate(30 * (len(given) + i)) for i in range(count)]
+        given += images
+        if not ids:
+            ids = processor.ask(text)["input_ids"][0].tolist()
+        else:
+            ids += [end] * (ids[-1] != end) + processor.tokenize_next_turn("<image>\n" * count + text)
+        answer = generate(model, variant, ids, given, 8)
+        ids += answer
+        assert talk.say(text, images) == processor.decode(answer, skip_special_tokens=True).strip()
+        assert talk.ids == ids
+    if talk.engine:
+        assert talk.engine.image_memory.misses == 2, "nothing of an image is computed twice"
+
+
+def test_an_answer_that_ended_itself_gets_no_second_end_mark(model):
+    loaded, processor = vica.load(model, device="cpu")
+    talk = Talk(loaded, processor, GREEDY)
+    talk.say("What is it?", [])
+    end = talk.ids[-1]
+    loaded.generation_config.eos_token_id = end
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(end)
+    talk = Talk(loaded, processor, GREEDY)
+    talk.say("What is it?", [])
+    length = len(talk.ids)
+    talk.say("And?", [])
+    assert talk.ids[length - 1] == end
+    assert talk.ids[length : length + 4] == processor.tokenize_next_turn("And?")[:4]
+
+
+@pytest.mark.parametrize("variant", ["accel", "mask"])
+def test_a_placeholder_that_the_model_utters_is_no_image(model, picture, variant):
+    loaded, processor = vica.load(model, variant=variant, device="cpu")
+    talk = Talk(loaded, processor, GREEDY)
+    talk.say("What is it?", [])
+    uttered = next(x for x in talk.ids[-8:] if x not in talk.ids[:-8] + processor.tokenize_next_turn("And?"))
+    loaded.config.image_token_index = processor.image_token_index = uttered
+    talk = Talk(loaded, processor, GREEDY)
+    talk.say("What is it?", [])
+    talk.say("And?", [picture])
+    assert talk.ids.count(uttered) == 1
+
+
+def chat(model, lines: list[str], monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    return main(["chat", "--model", model, "--device", "cpu", "--max-new-tokens", "4", *arguments])
+
+
+def test_a_chat_grown_too_long_goes_on(model, picture, monkeypatch, capsys):
+    """A message that does not fit is as if it had not been said; its image waits for the next one."""
+    assert chat(model, ["What?", f"/image {picture}", "And?", "/reset", "What?"], monkeypatch) == 0
+    want = capsys.readouterr().out
+    lines = ["What?", f"/image {picture}", "long " * 2048, "And?", "long " * 2048, "/reset", "What?"]
+    assert chat(model, lines, monkeypatch) == 0
+    got = capsys.readouterr()
+    assert got.out == want and got.out.splitlines()[0] == got.out.splitlines()[-1]
+    assert got.err.count("\n") == 2 and all("positions" in line for line in got.err.splitlines())
+
+
+def test_a_question_too_long(model, capsys):
+    assert ask(model, "long " * 2048) == 1
+    got = capsys.readouterr()
+    assert got.out == "" and "the model has 2048" in got.err and got.err.count("\n") == 1
 
 
 def test_chat_as_a_program(model, picture):
@@ -168,7 +284,7 @@ def test_chat_as_a_program(model, picture):
     program = [sys.executable, "-m", "vica.cli.main", "chat", "--model", model, "--max-new-tokens", "3"]
     run = subprocess.run(program, input=lines, capture_output=True, text=True)
     assert run.returncode == 0 and "Traceback" not in run.stderr
-    assert "nope.png" in run.stderr, "a wrong path does not end the talk"
+    assert "nope.png" in run.stderr and run.stderr.count("\n") == 1, "a wrong path does not end the talk"
     assert len(run.stdout.splitlines()) >= 3
 
 

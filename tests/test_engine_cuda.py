@@ -46,10 +46,12 @@ def test_products(ops, rows, dtype):
         random(size, width, dtype=dtype),
         random(1024, size, dtype=dtype),
     )
+    norm = 1 + 0.3 * random(width, dtype=dtype)
     middle, hidden = random(rows, size, dtype=dtype), random(rows, 1024, dtype=dtype)
     close(ours.linear(x, narrow), plain.linear(x, narrow), dtype)
-    close(ours.gated(x, narrow), plain.gated(x, narrow), dtype)
     close(ours.norm(x, narrow[0]), plain.norm(x, narrow[0]), dtype)
+    close(ours.norm_linear(x, norm, narrow), plain.norm_linear(x, norm, narrow), dtype)
+    close(ours.norm_gated(x, norm, narrow), plain.norm_gated(x, norm, narrow), dtype)
     got, want = hidden.clone(), hidden.clone()
     ours.add_linear(got, middle, wide)
     plain.add_linear(want, middle, wide)

@@ -27,24 +27,26 @@ class Budget:
         ):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ViCAError(f"{name} is {value!r}; it must be a whole number from {least}")
-        device, config = model.device, model.config
-        if device.type == "cpu":
-            text, images = CPU_BYTES, CPU_BYTES
-        else:
-            free, total = torch.cuda.mem_get_info(device)
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            room = max(0, free - int(RESERVE * total))
-            # the other's share grows where one is given
-            share = 0.05 if config.plan[0].visual_updated else 0.5
-            images = int(share * room) if kv_bytes is None else max(0, room - kv_bytes)
-            images = image_bytes if image_bytes is not None else images
-            text = room - images
-        slot = bytes_of_tokens(config, model.dtype.itemsize)[1]
-        max_batch = max_batch or MAX_BATCH[device.type]
-        most = max_batch * config.text_config.max_position_embeddings  # more could never be used
-        slots = min((text if kv_bytes is None else kv_bytes) // slot, most)
+        text = model.config.text_config
+        slot, window = bytes_of_tokens(model.config, model.dtype.itemsize)[1], text.max_position_embeddings
+        text_bytes, image_default = shares(model, kv_bytes, image_bytes, slot * window)
+        max_batch = max_batch or MAX_BATCH[model.device.type]
+        slots = min(text_bytes // slot, max_batch * window)  # more could never be used
         if slots < 2:
-            raise ViCAError(
-                f"{text if kv_bytes is None else kv_bytes} bytes for text K/V hold no token; one takes {slot}"
-            )
-        return cls(max_batch, slots, images if image_bytes is None else image_bytes)
+            raise ViCAError(f"{text_bytes} bytes for text K/V hold no token; one takes {slot}")
+        return cls(max_batch, slots, image_default if image_bytes is None else image_bytes)
+
+
+def shares(model, kv_bytes: int | None, image_bytes: int | None, window_bytes: int) -> tuple[int, int]:
+    """Bytes of text K/V and of images: as given, else all that the other leaves. A conversation as long as the model
+    can hold must fit, if it does at all."""
+    if model.device.type == "cpu":
+        return kv_bytes or max(CPU_BYTES, window_bytes), CPU_BYTES
+    free, total = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    room = max(0, free - int(RESERVE * total))
+    if kv_bytes is not None:
+        return kv_bytes, max(0, room - kv_bytes)
+    share = 0.05 if model.config.plan[0].visual_updated else 0.5  # dense keeps features only
+    images = int(share * room) if image_bytes is None else image_bytes
+    return max(room - images, min(window_bytes, free // 2)), images

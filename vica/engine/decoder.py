@@ -23,16 +23,15 @@ class Decoder:
         """[N, width] through all layers, in place; the rows of `step.last`."""
         for i, (layer, plan) in enumerate(zip(self.layers, self.plan)):
             frozen = bool(step.frozen_rows) and not plan.prefix_attends
-            normed = self.ops.norm(hidden, layer.input_norm)
-            qkv = self.ops.linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, self.ops.shape.head_dim))
+            qkv = self.ops.norm_linear(hidden, layer.input_norm, layer.qkv, layer.qkv_bias)
+            qkv = qkv.unflatten(-1, (-1, self.ops.shape.head_dim))
             q = self.ops.rope_store(qkv, step.pos, step.slot, self.pools[i])
             mixed = self.ops.attend(q, self.pools[i], step, frozen, self.image_layer_of[i])
             first = step.frozen_rows if frozen else 0
             if i == len(self.layers) - 1 and step.last is not None:  # nobody reads the other rows any more
                 hidden, mixed, first = hidden[step.last], mixed[step.last - first], 0
             self.ops.add_linear(hidden[first:], mixed, layer.out, layer.out_bias)
-            normed = self.ops.norm(hidden, layer.mlp_norm)
-            gated = self.ops.gated(normed, layer.gate_up, layer.gate_up_bias)
+            gated = self.ops.norm_gated(hidden, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)
             self.ops.add_linear(hidden, gated, layer.down, layer.down_bias)
         return hidden
 
@@ -47,5 +46,5 @@ class Decoder:
         for t, i in enumerate(self.image_layers):
             layer = self.layers[i]
             bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
-            kv = self.ops.linear(self.ops.norm(rows, layer.input_norm), layer.qkv[queries:], bias)
+            kv = self.ops.norm_linear(rows, layer.input_norm, layer.qkv[queries:], bias)
             self.ops.image_store(kv.view(len(rows), 2, shape.kv_heads, shape.head_dim), t, place, images)

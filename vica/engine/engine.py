@@ -5,11 +5,13 @@ results = engine.generate([Request.ask("What is this?", ["a.jpg"]), ...])
 for request, token in engine.stream(requests): ...
 """
 
+import logging
 import os
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -25,6 +27,8 @@ from .runner import Runner
 from .scheduler import Scheduler, Sequence
 from .text import TextStream
 from .weights import check_plain
+
+log = logging.getLogger(__name__)
 
 AHEAD = 2  # batches of requests that are prepared before they are let in
 
@@ -56,9 +60,11 @@ class Engine:
         budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)
         with torch.inference_mode(False), torch.no_grad():
             self.runner = Runner(model, budget.max_batch, budget.slots, cuda_graphs)
-        self.image_memory = ImageMemory(budget.image_bytes, model.device, self._binding, keep_images)
+        made_of = partial(binding, model, self.runner, processor)  # no method: nothing may hold the engine but its user
+        self.image_memory = ImageMemory(budget.image_bytes, model.device, made_of, keep_images)
         self.inputs = Inputs(self.config, processor, visual_tokens(self.config), self.image_memory.knows)
         self.threads = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), "vica-inputs")
+        warn_of_ignored(model.generation_config)
         eos = model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
         self.scheduler = Scheduler(self.runner, self.inputs, self.image_memory, ends, budget.max_batch, keep_prefix)
@@ -119,32 +125,32 @@ class Engine:
         if not isinstance(request, Request):
             raise ViCAError(f"a request is a vica.engine.Request, got {type(request).__name__}")
         request.result = None
-        stream, seed, prepared = None, request.seed, Future()
-        try:
-            request.check()
-        except ViCAError as error:
-            prepared.set_exception(error)
-        else:
-            if self.processor is not None and (streaming or request.stop):
-                stream = TextStream(self.processor, request.stops)
-            if seed is None:
-                seed = secrets.randbits(62)
-            prepared = self.threads.submit(self.inputs.prepare, request)
+        readable = self.processor is not None and (streaming or request.stops)
+        stream = TextStream(self.processor, request.stops) if readable else None
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        prepared = self.threads.submit(self.inputs.prepare, request)
         sequence = Sequence(request, prepared, seed, stream, sink if streaming else None, sink)
         self.scheduler.waiting.append(sequence)
         return sequence
 
-    def _binding(self) -> dict:
-        """What kept K/V and features are made of: another value, and they mean nothing."""
-        model, text = self.model, self.config.text_config
-        layers = self.runner.decoder.image_layers
-        vision = [p for n, p in model.named_parameters() if "vision_tower" in n or "mm_projector" in n]
-        making_kv = [t for i in layers for t in self.runner.decoder.layers[i].makers_of_kv()]
-        processor = None if self.processor is None else self.processor.image_settings()
-        return {
-            "layers": layers,
-            "weights": fingerprint([*vision, *making_kv]),
-            "dtype": str(model.dtype),
-            "rotary": [text.head_dim, text.rope_parameters],
-            "preprocessing": processor,
-        }
+
+def warn_of_ignored(generation_config) -> None:
+    """Settings that a checkpoint may bring and `generate` would obey."""
+    harmless = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "bad_words_ids": None}
+    given = {name: getattr(generation_config, name, None) for name in harmless}
+    if ignored := [f"{name}={given[name]}" for name in harmless if given[name] not in (None, harmless[name])]:
+        log.warning("the engine does not apply %s of the checkpoint's generation_config", ", ".join(ignored))
+
+
+def binding(model, runner: Runner, processor) -> dict:
+    """What kept K/V and features are made of: another value, and they mean nothing."""
+    text, layers = model.config.text_config, runner.decoder.image_layers
+    vision = [p for n, p in model.named_parameters() if "vision_tower" in n or "mm_projector" in n]
+    making_kv = [t for i in layers for t in runner.decoder.layers[i].makers_of_kv()]
+    return {
+        "layers": layers,
+        "weights": fingerprint([*vision, *making_kv]),
+        "dtype": str(model.dtype),
+        "rotary": [text.head_dim, text.rope_parameters],
+        "preprocessing": None if processor is None else processor.image_settings(),
+    }

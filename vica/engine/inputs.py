@@ -19,14 +19,15 @@ from .hashing import digest, digest_tensor
 from .layout import Layout, lay_out
 from .request import Request
 
+GIVEN = "features-"  # what the keys of features begin with that the caller brings
+
 
 @dataclass(eq=False)
 class ImageInput:
-    """One image's content. Several requests about it share this object while any of them waits."""
+    """One image's content, whatever source it comes from. Requests about it share this object while any waits."""
 
     key: str
     size: int  # visual tokens
-    source: object  # what `load_image` takes, or features
     pixels: np.ndarray | None = None  # [3, H, W]; these or features are there from `load` until an entry is made
     features: torch.Tensor | None = None  # [tokens, width]
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -35,8 +36,8 @@ class ImageInput:
 @dataclass(eq=False)
 class Prepared:
     layout: Layout
-    ids: list[int]
     images: list[ImageInput]
+    sources: list  # of each: what `load_image` takes, or features
 
 
 class Inputs:
@@ -52,6 +53,7 @@ class Inputs:
         self.template_prefix = self._template_prefix()
 
     def prepare(self, request: Request) -> Prepared:
+        request.check()
         ids, sources = self._tokenize(request)
         placeholders = ids.count(self.config.image_token_index)
         if placeholders != len(sources):
@@ -61,9 +63,9 @@ class Inputs:
             )
         if sources:
             self.config.require_layers()
-        if request.stop and self.processor is None:
+        if request.stops and self.processor is None:
             raise ViCAError("the engine has no processor: it cannot look for stop strings")
-        images = [self._image(source) for source in sources]
+        images, sources = zip(*map(self._image, sources)) if sources else ((), ())
         vocabulary = self.config.text_config.vocab_size
         layout = lay_out(ids, [x.size for x in images], self.config.image_token_index, self.plan, vocabulary)
         if (
@@ -72,18 +74,20 @@ class Inputs:
             and len(ids) > len(self.template_prefix)
         ):
             layout.prefix = len(self.template_prefix)
-        for image, place in zip(images, layout.images):
+        for image, source, place in zip(images, sources, layout.images):
             if not self.known(image.key, place.start):
-                self.load(image)
-        return Prepared(layout, ids, images)
+                self.load(image, source)
+        return Prepared(layout, images, sources)
 
     def _tokenize(self, request: Request) -> tuple[list[int], list]:
         prompt, images = request.prompt, list(request.images)
         if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, (int, np.integer)) for x in prompt):
             return [int(x) for x in prompt], images
+        if isinstance(prompt, (list, tuple)) and not prompt:
+            raise ViCAError("the prompt is empty")
         if self.processor is None:
             raise ViCAError("the engine has no processor: give prompts as token ids")
-        if isinstance(prompt, (list, tuple)) and prompt:
+        if isinstance(prompt, (list, tuple)):
             turns, sources = read_messages(prompt)
             given = [x for x in sources if x is not None]
             if given and (images or len(given) < len(sources)):
@@ -103,26 +107,26 @@ class Inputs:
         one, other = (self.processor.tokenize(template.render([("user", x)])) for x in ("Yes", "a"))
         return os.path.commonprefix([one, other])
 
-    def _image(self, source) -> ImageInput:
+    def _image(self, source) -> tuple[ImageInput, object]:
+        """And what to load, which for URLs and open files is what was loaded to know them."""
         if isinstance(source, torch.Tensor) and source.dim() == 2:
             width = self.config.text_config.hidden_size
             if source.shape[1] != width or not len(source) or not source.is_floating_point():
                 raise ViCAError(f"image features are {list(source.shape)}; they must be floats [tokens, {width}]")
             if not source.isfinite().all():
                 raise ViCAError("image features hold NaN or infinity")
-            return self._shared(ImageInput("features-" + digest_tensor(source), len(source), source))
+            return self._shared(GIVEN + digest_tensor(source), len(source)), source
         if self.processor is None or self.processor.image_processor is None or not self.visual_tokens:
             raise ViCAError("this model has no vision tower: give images as features [tokens, width]")
         key, source = self._identify(source)
-        return self._shared(ImageInput(key, self.visual_tokens, source))
+        return self._shared(key, self.visual_tokens), source
 
-    def _shared(self, image: ImageInput) -> ImageInput:
+    def _shared(self, key: str, size: int) -> ImageInput:
         with self.image_lock:
-            return self.waiting.setdefault(image.key, image)
+            return self.waiting.setdefault(key, ImageInput(key, size))
 
     def _identify(self, source) -> tuple[str, object]:
-        """The digest of the content as it comes, so that a known file is not even decoded; and what to load, which for
-        URLs and open files is what was loaded here."""
+        """The digest of the content as it comes, so that a known file is not even decoded."""
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
             status = os.stat(source)
             return digest_file(os.path.abspath(source), status.st_size, status.st_mtime_ns), source
@@ -135,13 +139,15 @@ class Inputs:
                 image = load_image(source)
         return digest(f"{image.size}".encode() + image.tobytes()), source
 
-    def load(self, image: ImageInput) -> None:
+    def load(self, image: ImageInput, source) -> None:
         """Pixels or features. Features are copied: they will be kept, and the caller may change theirs."""
         with image.lock:
-            if isinstance(image.source, torch.Tensor) and image.features is None:
-                image.features = image.source.detach().clone()
-            elif image.features is None and image.pixels is None:
-                (image.pixels,) = self.processor.process_images([image.source])
+            if image.features is not None or image.pixels is not None:
+                return
+            if image.key.startswith(GIVEN):
+                image.features = source.detach().clone()
+            else:
+                (image.pixels,) = self.processor.process_images([source])
 
 
 @lru_cache(maxsize=2**16)

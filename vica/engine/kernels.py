@@ -23,6 +23,7 @@ class CudaOps(TorchOps):
         super().__init__(shape, cos, sin)
         self.hopper = torch.cuda.get_device_capability(cos.device)[0] >= 9
         self.padded_dim = max(16, triton.next_power_of_2(shape.head_dim))  # products take no less
+        self.arrived = torch.zeros(128, dtype=torch.int32, device=cos.device)  # programs of each block of a product
         self.half = triton.next_power_of_2(shape.head_dim // 2)
 
     def norm(self, x, weight):
@@ -39,43 +40,46 @@ class CudaOps(TorchOps):
         return self._multiply(x, weight, torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device), add=False)
 
     def add_linear(self, hidden, x, weight, bias=None):
-        if bias is not None or not self._few(x, weight) or not x.is_contiguous():
+        if bias is not None or not self._few(x, weight):
             super().add_linear(hidden, x, weight, bias)
         else:
             self._multiply(x, weight, hidden, add=True)
 
-    def _few(self, x, weight) -> bool:
-        even = weight.shape[0] % 64 == 0 and weight.shape[1] % 256 == 0
-        return len(x) <= FEW_ROWS and even
-
-    def _multiply(self, x, weight, out, add: bool):
-        size, columns = weight.shape
-        if len(x) == 1:
-            rows, step, warps = _row_blocks(columns)
-            _multiply_row[(size // rows,)](
-                x, weight, out, columns, rows, step, add, self.hopper, num_warps=warps, launch_pdl=self.hopper
-            )
-        else:
-            stages = 2 if x.element_size() > 2 else 3 if size >= 8192 else 5
-            _multiply_rows[(size // 64,)](
-                x, weight, out, len(x), size, columns, triton.next_power_of_2(max(16, len(x))), 64, 128, add,
-                self.hopper, num_warps=4, num_stages=stages, launch_pdl=self.hopper,
-            )  # fmt: skip
-        return out
-
-    def gated(self, x, weight, bias=None):
+    def norm_gated(self, x, norm, weight, bias=None):
         if self.shape.activation != "silu":
-            return super().gated(x, weight, bias)
-        size = len(weight) // 2
+            return super().norm_gated(x, norm, weight, bias)
+        size, x = len(weight) // 2, self.norm(x, norm)
         out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
         if len(x) == 1 and bias is None and self._few(x, weight):
-            rows, step, warps = _row_blocks(x.shape[1])
-            _gated_row[(size // rows,)](
-                x, weight, out, size, x.shape[1], rows, step, self.hopper, num_warps=warps, launch_pdl=self.hopper
-            )
-            return out
+            return self._multiply_row(x, weight, out, gated=True)
         both = self.linear(x, weight, bias)
         _gate[(triton.cdiv(size, 1024), len(x))](both, out, size, 1024, self.hopper, launch_pdl=self.hopper)
+        return out
+
+    def _few(self, x, weight) -> bool:
+        even = weight.shape[0] % 64 == 0 and weight.shape[1] % 256 == 0
+        return len(x) <= FEW_ROWS and even and x.is_contiguous()
+
+    def _multiply(self, x, weight, out, add: bool):
+        if len(x) == 1:
+            return self._multiply_row(x, weight, out, add=add)
+        (rows, columns), (size, _) = x.shape, weight.shape
+        stages = 2 if x.element_size() > 2 else 3 if size >= 8192 else 5
+        splits = 1 if size >= 8192 else 2
+        parts = torch.empty(splits, rows, size, dtype=torch.float32, device=x.device) if splits > 1 else x
+        _multiply_rows[(size // 64, splits)](
+            x, weight, out, parts, self.arrived, rows, size, columns, triton.next_power_of_2(max(16, rows)), 64, 128,
+            splits, add, self.hopper, num_warps=4, num_stages=stages, launch_pdl=self.hopper,
+        )  # fmt: skip
+        return out
+
+    def _multiply_row(self, x, weight, out, add: bool = False, gated: bool = False):
+        columns = weight.shape[1]
+        rows, step, warps = (1, 1024, 8) if columns % 1024 == 0 else (4, 256, 4)  # the fastest found on an H200
+        _multiply_row[(out.shape[1] // rows,)](
+            x, weight, out, out.shape[1], columns, rows, step, add, gated, self.hopper,
+            num_warps=warps, launch_pdl=self.hopper,
+        )  # fmt: skip
         return out
 
     def rope_store(self, qkv, pos, slot, pool):
@@ -143,12 +147,7 @@ def _address(x: torch.Tensor) -> int:
     return x.data_ptr() // x.element_size()
 
 
-def _row_blocks(columns: int) -> tuple[int, int, int]:
-    """Rows and columns of a weight that one program reads, and its warps: the fastest found on an H200."""
-    return (1, 1024, 8) if columns % 1024 == 0 else (4, 256, 4)
-
-
-# What kernels must do first: nothing that the kernel before may still write is touched before the wait.
+# Every kernel's first call, but for reading what no kernel shortly before it writes: weights, tables, a step's arrays.
 @triton.jit
 def _wait(HOPPER: tl.constexpr):
     if HOPPER:
@@ -158,51 +157,61 @@ def _wait(HOPPER: tl.constexpr):
 
 @triton.jit
 def _multiply_row(
-    x, weight, out, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, HOPPER: tl.constexpr
-):
+    x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr,
+    HOPPER: tl.constexpr,
+):  # fmt: skip
+    """One row times a weight. A program takes BN of the weight's rows; GATED: BN of either half's."""
     n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    w = tl.load(at)  # weights are constant: the first are on their way before the wait
+    second = at + N.to(tl.int64) * K
+    w = tl.load(at)
+    w2 = tl.load(second) if GATED else w
     _wait(HOPPER)
     start = tl.load(out + n).to(tl.float32) if ADD else tl.zeros([BN], tl.float32)
-    acc = w.to(tl.float32) * tl.load(x + k).to(tl.float32)[None, :]
-    for i in range(BK, K, BK):
-        acc += tl.load(at + i).to(tl.float32) * tl.load(x + i + k).to(tl.float32)[None, :]
-    tl.store(out + n, (tl.sum(acc, 1) + start).to(out.dtype.element_ty))
-
-
-@triton.jit
-def _gated_row(x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOPPER: tl.constexpr):
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    gate_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    up_at = gate_at + N.to(tl.int64) * K
-    w, u = tl.load(gate_at), tl.load(up_at)
-    _wait(HOPPER)
     v = tl.load(x + k).to(tl.float32)[None, :]
-    gate, up = w.to(tl.float32) * v, u.to(tl.float32) * v
+    acc = w.to(tl.float32) * v
+    acc2 = w2.to(tl.float32) * v
     for i in range(BK, K, BK):
         v = tl.load(x + i + k).to(tl.float32)[None, :]
-        gate += tl.load(gate_at + i).to(tl.float32) * v
-        up += tl.load(up_at + i).to(tl.float32) * v
-    gate, up = tl.sum(gate, 1), tl.sum(up, 1)
-    tl.store(out + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty))
+        acc += tl.load(at + i).to(tl.float32) * v
+        if GATED:
+            acc2 += tl.load(second + i).to(tl.float32) * v
+    y = tl.sum(acc, 1)
+    if GATED:
+        y = y / (1 + tl.exp(-y)) * tl.sum(acc2, 1)
+    tl.store(out + n, (y + start).to(out.dtype.element_ty))
 
 
 @triton.jit
 def _multiply_rows(
-    x, weight, out, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
-    HOPPER: tl.constexpr,
+    x, weight, out, parts, arrived, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLITS: tl.constexpr, ADD: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    """A program takes BN rows of the weight, over one of SPLITS parts of its columns: narrow weights alone would not
+    fill the device. The program that comes last adds the parts up, always in their order."""
     _wait(HOPPER)
-    n, m, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
+    block, split = tl.program_id(0), tl.program_id(1)
+    n, m, k = block * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
     live = m[None, :] < M
     to = out + m[None, :] * N + n[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
-    if ADD:
-        acc = tl.load(to, live, 0.0).to(tl.float32)
-    for i in range(0, K, BK):
+    share: tl.constexpr = (K // BK + SPLITS - 1) // SPLITS * BK
+    for i in range(split * share, tl.minimum(K, (split + 1) * share), BK):
         w = tl.load(weight + n.to(tl.int64)[:, None] * K + (i + k)[None, :])
-        acc = tl.dot(w, tl.load(x + m[None, :] * K + (i + k)[:, None], live, 0.0), acc, input_precision="ieee")
+        v = tl.load(x + m[None, :] * K + (i + k)[:, None], live, 0.0)
+        acc = tl.dot(w, v, acc, input_precision="ieee")
+    if SPLITS > 1:
+        part = parts + m[None, :] * N + n[:, None]
+        tl.store(part + split * M * N, acc, live)
+        tl.debug_barrier()  # all threads have stored before one says so
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrived + block, 0)
+        acc = tl.zeros([BN, BM], tl.float32)
+        for other in range(SPLITS):
+            acc += tl.load(part + other * M * N, live, 0.0, cache_modifier=".cg")
+    if ADD:
+        acc += tl.load(to, live, 0.0).to(tl.float32)
     tl.store(to, acc.to(out.dtype.element_ty), live)
 
 
@@ -244,15 +253,15 @@ def _rope_store(
     qkv, pool, cos, sin, pos, slot, stride, H, G, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     HOPPER: tl.constexpr,
 ):  # fmt: skip
-    _wait(HOPPER)
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
     live = head < H + 2 * G
-    at = tl.load(pos + row) * D
+    at, place = tl.load(pos + row) * D, tl.load(slot + row)
     base = qkv + row * stride
+    _wait(HOPPER)
     left, right = _rotated(base, cos + at, sin + at, head * D, live, head < H + G, D, HALF)
     # queries stay where they are; keys, then values, lie side by side in a slot
-    to = tl.where(head < H, base + head * D, pool + tl.load(slot + row) * 2 * G * D + (head - H) * D)
+    to = tl.where(head < H, base + head * D, pool + place * 2 * G * D + (head - H) * D)
     d = tl.arange(0, HALF)[None, :]
     live = live & (d < D // 2)
     tl.store(to + d, left.to(qkv.dtype.element_ty), live)
@@ -303,20 +312,20 @@ def _text_attention(
     DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr,
     HOPPER: tl.constexpr,
 ):  # fmt: skip
-    _wait(HOPPER)
     head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1)
-    if count == 0:
-        return
     table += tl.load(tiles + tile * 3 + 2) * table_stride
     group = head // (H // G)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, DP)
     row, live = start + m, m < count
     last = tl.load(limit + row, live, -1)
-    inside = live[:, None] & (d < D)[None, :]
-    query = tl.load(q + row[:, None] * q_stride + head * D + d[None, :], inside, 0.0)
     keys = tl.max(last, 0) + 1
     share = tl.cdiv(tl.cdiv(keys, BLOCK_N), SPLITS) * BLOCK_N
+    _wait(HOPPER)
+    if count == 0:
+        return
+    inside = live[:, None] & (d < D)[None, :]
+    query = tl.load(q + row[:, None] * q_stride + head * D + d[None, :], inside, 0.0)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DP], tl.float32)
     for at in range(split * share, tl.minimum(keys, (split + 1) * share), BLOCK_N):
@@ -340,17 +349,17 @@ def _image_attention(
     q, anchor, base, items, image_rows, out, lse, q_stride, layer, scale, H, G, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    _wait(HOPPER)
     head, item = tl.program_id(0), items + tl.program_id(1) * 6
     tokens, low, high = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     first, count = tl.load(item + 4), tl.load(item + 5)
-    if count == 0:
-        return
     k_at = _at(anchor, base, tl.load(item)) + (layer * 2 * G + head // (H // G)) * tokens * D
     v_at = k_at + G * tokens * D
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, DP)
     live = m < count
     row = tl.load(image_rows + first + m, live, 0)
+    _wait(HOPPER)
+    if count == 0:
+        return
     inside = live[:, None] & (d < D)[None, :]
     query = tl.load(q + row[:, None] * q_stride + head * D + d[None, :], inside, 0.0)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -55,9 +55,12 @@ class TorchOps:
         if bias is not None:
             hidden += bias
 
-    def gated(self, x, weight, bias=None) -> torch.Tensor:
+    def norm_linear(self, x, norm, weight, bias=None) -> torch.Tensor:
+        return self.linear(self.norm(x, norm), weight, bias)
+
+    def norm_gated(self, x, norm, weight, bias=None) -> torch.Tensor:
         """act(gate) * up, of [gate; up] in one weight."""
-        gate, up = self.linear(x, weight, bias).chunk(2, -1)
+        gate, up = self.norm_linear(x, norm, weight, bias).chunk(2, -1)
         return self.act(gate) * up
 
     def rope_store(self, qkv: torch.Tensor, pos, slot, pool: torch.Tensor) -> torch.Tensor:

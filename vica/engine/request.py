@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.messages import shorten
 from ..errors import ViCAError
 
 MAX_TEMPERATURE = 1e6  # far beyond any use, and no float32 overflows
@@ -37,22 +38,24 @@ class Request:
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        return list(stops) if isinstance(stops, (list, tuple)) else []  # `check` refuses what else there may be
 
     def check(self) -> None:
         whole = {"max_new_tokens": (self.max_new_tokens, 1), "top_k": (self.top_k, 0)}
         for name, (value, least) in whole.items():
             if not isinstance(value, int) or value < least:
-                raise ViCAError(f"{name} is {value!r}; it must be a whole number from {least}")
+                raise ViCAError(f"{name} is {shorten(value)}; it must be a whole number from {least}")
         if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature <= MAX_TEMPERATURE):
-            raise ViCAError(f"temperature is {self.temperature!r}; it must be a number from 0 to {MAX_TEMPERATURE:g}")
+            value = shorten(self.temperature)
+            raise ViCAError(f"temperature is {value}; it must be a number from 0 to {MAX_TEMPERATURE:g}")
         if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
-            raise ViCAError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+            raise ViCAError(f"top_p is {shorten(self.top_p)}; it must be above 0 and at most 1")
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
-            raise ViCAError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2**63 - 1, or None")
+            raise ViCAError(f"seed is {shorten(self.seed)}; it must be a whole number from 0 to 2**63 - 1, or None")
         listed = self.stop is None or isinstance(self.stop, (str, list, tuple))
-        if not listed or self.stop == "" or not all(isinstance(s, str) and s for s in self.stops):
-            raise ViCAError(f"stop is {self.stop!r}; it must be one or more non-empty strings")
+        if not listed or not all(isinstance(s, str) and s for s in self.stops):
+            raise ViCAError(f"stop is {shorten(self.stop)}; it must be one or more non-empty strings")
 
 
 class Token(int):
@@ -69,9 +72,10 @@ class Token(int):
 @dataclass
 class Result:
     """`finish_reason`: "stop" (end mark or stop string), "length", "cancelled", or "error", which `error` explains.
-    `tokens` are those of `model.generate`, the end mark included; `text` ends before a stop string."""
+    `tokens` are those of `model.generate`, the end mark included; `text` ends before a stop string. It does not hold
+    its request: two objects that hold each other live until Python's collector comes round, and images are large."""
 
-    request: Request
+    id: Any  # its request's
     text: str
     tokens: list[int]
     finish_reason: str

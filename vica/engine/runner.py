@@ -201,7 +201,7 @@ class Runner:
     # --- both ---
 
     def _logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.ops.linear(self.ops.norm(hidden, self.model.model.norm.weight), self.model.lm_head.weight)
+        logits = self.ops.norm_linear(hidden, self.model.model.norm.weight, self.model.lm_head.weight)
         return logits, logits.argmax(-1)
 
     def _choose(self, logits, tokens, rows: list[Row]) -> torch.Tensor:

@@ -116,6 +116,9 @@ class Scheduler:
     def _admit(self, chosen: list[Sequence]) -> None:
         entering, rows = [], 0
         for sequence in chosen:
+            if (error := sequence.prepared.exception()) is not None:  # not raised here: it would hold its sequence
+                self._fail(sequence, error)
+                continue
             try:
                 prepared = sequence.prepared.result()
                 layout = prepared.layout.continued(sequence.tokens)
@@ -124,10 +127,8 @@ class Scheduler:
                 self._take(sequence, layout, prepared)
             except NoRoom:
                 break
-            except Exception as error:  # whatever one request's content raises, the others go on
-                if not isinstance(error, ViCAError):
-                    log.exception("a request failed while it was prepared")
-                self._finish(sequence, "error", error=str(error) or type(error).__name__)
+            except Exception as error:
+                self._fail(sequence, error)
                 continue
             entering.append(sequence)
             rows += len(layout) - sequence.row.held
@@ -144,7 +145,7 @@ class Scheduler:
         try:
             slots, held = self._take_slots(sequence, layout, len(layout) + sequence.most - done - 1)
             sequence.row = Row(layout, 0, slots, held)
-            self._take_images(sequence, layout, prepared.images)
+            self._take_images(sequence, layout, prepared)
         except BaseException:
             self._give_back(sequence)
             raise
@@ -164,7 +165,10 @@ class Scheduler:
             sequence.prefix = prefix
         need = rows - (count if prefix else 0)
         if rows > pool.slots:
-            raise ViCAError(f"the request may take {rows} rows of text K/V, kv_bytes is room for {pool.slots}")
+            raise ViCAError(
+                f"the request may take {rows} rows of text K/V, kv_bytes is room for {pool.slots}: ask for fewer "
+                "max_new_tokens, or give more"
+            )
         if not pool.can_take(need):
             raise NoRoom
         slots = pool.take(need)
@@ -177,19 +181,19 @@ class Scheduler:
             pool.prefixes[key] = sequence.prefix
         return slots, 0
 
-    def _take_images(self, sequence: Sequence, layout: Layout, images: list[ImageInput]) -> None:
-        sizes = [self.runner.image_bytes(image.size) for image in images]
+    def _take_images(self, sequence: Sequence, layout: Layout, prepared: Prepared) -> None:
+        sizes = [self.runner.image_bytes(image.size) for image in prepared.images]
         if sum(sizes) > self.memory.limit:
             raise ViCAError(f"the request's images take {sum(sizes)} bytes, image_memory_bytes is {self.memory.limit}")
-        for image, place, size in zip(images, layout.images, sizes):
+        for image, source, place, size in zip(prepared.images, prepared.sources, layout.images, sizes):
             start = place.start if self.runner.images_are_kv else FEATURES
             if self.memory.find(image.key, start) is None:
-                self._hold(image)
+                self._hold(image, source)
             if (entry := self.memory.acquire(image.key, start, size)) is None:
                 raise NoRoom
             sequence.entries.append(entry)
 
-    def _hold(self, image: ImageInput) -> None:
+    def _hold(self, image: ImageInput, source) -> None:
         """What an entry will be made of, held whatever is evicted until then. An image that the memory had when it was
         prepared may be gone by now, and its file too: that is its request's failure alone."""
         if image.features is None:
@@ -197,7 +201,7 @@ class Scheduler:
             if known is not None and known.tensor is not None:
                 image.features = known.tensor
             else:
-                self.inputs.load(image)
+                self.inputs.load(image, source)
 
     def _enter(self, entering: list[Sequence]) -> None:
         try:
@@ -303,11 +307,17 @@ class Scheduler:
 
     # --- leaving ---
 
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        """Whatever one request's content raises, the others go on."""
+        if not isinstance(error, ViCAError):
+            log.error("a request failed while it was prepared", exc_info=error)
+        self._finish(sequence, "error", error=" ".join(str(error).split()) or type(error).__name__)
+
     def _finish(self, sequence: Sequence, reason: str, last: Token | None = None, error: str | None = None) -> None:
         now = time.perf_counter()
         started, first = sequence.admitted or now, sequence.first_token
         sequence.result = Result(
-            sequence.request,
+            sequence.request.id,
             self._text(sequence),
             list(sequence.tokens),
             reason,

@@ -80,7 +80,7 @@ def image_arrays(
     work = []
     for kv, *several in of_image.values():
         see = np.concatenate(several)
-        work += [(kv, part) for part in np.array_split(see, -(-len(see) // TILE)) if len(part)]
+        work += [(kv, see[i : i + TILE]) for i in range(0, len(see), TILE)]
     if not work:
         return {}, []
     if capacity is not None:

@@ -1,0 +1,109 @@
+"""What the engine's tests share: small engines, requests, answers of the model's own generate, an engine at rest."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.builders import IMAGE, VOCAB, WIDTH, tiny_model, tiny_vision
+from vica.data.processor import ViCAProcessor
+from vica.engine import Engine, Request
+from vica.engine.scheduler import Sequence
+from vica.toy.model import VOCABULARY, build_tokenizer
+
+SIZES = (1, 3, 6, 10)  # visual tokens of the images in `features`
+
+
+def features(which: int) -> torch.Tensor:
+    """Always the same tensor for a number."""
+    return torch.randn(SIZES[which % len(SIZES)], WIDTH, generator=torch.Generator().manual_seed(which))
+
+
+def words(which: int, count: int) -> list[int]:
+    """The first of an endless text; there is one for each number."""
+    return torch.randint(3, VOCAB, (600,), generator=torch.Generator().manual_seed(which)).tolist()[:count]
+
+
+def request_of(parts, text: int = 0, **options) -> Request:
+    """`parts`: an int is that many tokens of the text, ("image", n) is `features(n)`."""
+    ids, images, text = [], [], iter(words(text, 600))
+    for part in parts:
+        if isinstance(part, int):
+            ids += [next(text) for _ in range(part)]
+        else:
+            ids.append(IMAGE)
+            images.append(features(part[1]))
+    return Request(ids, images, **options)
+
+
+def alone(model, request: Request, **options) -> list[int]:
+    """The tokens that `model.generate` gives a request of token ids and features."""
+    ids = torch.tensor([request.prompt])
+    if request.ignore_eos:
+        options["eos_token_id"] = None
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        image_features=request.images or None,
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+def answer(model, inputs, max_new_tokens: int, **options) -> list[int]:
+    """The tokens that `model.generate` gives a processor's inputs."""
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=3, **options)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def small_engine(model, **options) -> Engine:
+    return Engine(model, **(dict(kv_bytes=2**20, image_memory_bytes=2**20, max_batch=4, workers=2) | options))
+
+
+def seeing_model(**changes):
+    """A tiny model with tower, tokenizer and processor: pictures of 28 pixels become 16 visual tokens."""
+    text = dict(vocab_size=VOCABULARY, eos_token_id=2, bos_token_id=1, pad_token_id=3) | changes.pop("text_config", {})
+    model = tiny_model(text_config=text, **(dict(vision_config=tiny_vision()) | changes))
+    return model, ViCAProcessor.from_config(model.config, build_tokenizer())
+
+
+def picture(seed: int = 0, size=(40, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def assert_sound(engine: Engine) -> None:
+    """True after every step: every slot and lane is in one place, and no limit is passed."""
+    scheduler, pool, memory = engine.scheduler, engine.runner.pool, engine.image_memory
+    running: list[Sequence] = scheduler.active
+    assert sorted([*scheduler.lanes, *(s.row.lane for s in running)]) == list(range(1, engine.max_batch + 1))
+    slots = [pool._free[: pool.free], *(p.slots for p in pool.prefixes.values()), *(s.own_slots for s in running)]
+    assert sorted(np.concatenate(slots).tolist()) == list(range(1, pool.slots + 1))
+    for prefix in pool.prefixes.values():
+        assert prefix.users == sum(s.prefix is prefix for s in running)
+    held = [e for s in running for e in s.entries]
+    for entry in memory.entries.values():
+        assert entry.users == held.count(entry)
+        assert entry.tensor is None or entry.tensor.numel() * entry.tensor.element_size() == entry.bytes
+    assert memory.bytes == sum(e.bytes for e in memory.entries.values()) <= memory.limit
+    assert memory.in_use == sum(e.bytes for e in memory.entries.values() if e.users)
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is left of any request."""
+    assert not engine.scheduler.busy and engine.scheduler.batch is None
+    assert_sound(engine)
+
+
+def watched(engine: Engine, after=assert_sound) -> Engine:
+    """The engine, checked after every step."""
+    step = engine.scheduler.step
+
+    def checked():
+        step()
+        after(engine)
+
+    engine.scheduler.step = checked
+    return engine

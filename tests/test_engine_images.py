@@ -1,0 +1,534 @@
+"""The image memory: an image's tower, projector and K/V are computed once, kept within a limit, saved and loaded."""
+
+import io
+import json
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import vica
+from tests.engines import (
+    answer,
+    assert_idle,
+    assert_sound,
+    features,
+    picture,
+    request_of,
+    seeing_model,
+    small_engine,
+    watched,
+)  # fmt: skip
+from vica.data.processor import ViCAProcessor
+from vica.engine import Engine, Request
+from vica.engine.memory import FEATURES, ImageMemory
+from vica.errors import ViCAError
+
+QUESTIONS = ["What is this?", "Is there a star?", "How many?", "Which colour is the circle?", "Where?"]
+KV, FEATURE = 16 * 2 * 2 * 8 * 2 * 4, 16 * 32 * 4  # bytes of a picture's K/V and of its features
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    return seeing_model()
+
+
+def counting(model, processor, **options) -> Engine:
+    """`engine.seen` counts the pictures that the tower has seen, `engine.rows` the visual tokens that became K/V."""
+    engine = watched(small_engine(model, processor=processor, **options))
+    engine.seen, engine.rows = 0, 0
+    encode, image_kv = engine.runner.encode, engine.runner.image_kv
+
+    def counted_encode(pixels):
+        engine.seen += len(pixels)
+        return encode(pixels)
+
+    def counted_kv(images, starts):
+        engine.rows += sum(map(len, images))
+        return image_kv(images, starts) if images else []
+
+    engine.runner.encode, engine.runner.image_kv = counted_encode, counted_kv
+    return engine
+
+
+def ask(engine, *pairs, **options) -> None:
+    """Asks (question, images) pairs at once; each answer must be generate's."""
+    options = dict(max_new_tokens=3) | options
+    results = engine.generate([Request.ask(question, images, **options) for question, images in pairs])
+    for result, (question, images) in zip(results, pairs):
+        want = answer(engine.model, engine.processor.ask(question, images), options["max_new_tokens"])
+        assert result.error is None and result.tokens == want
+
+
+def test_one_image_and_many_questions(seeing):
+    engine = counting(*seeing)
+    memory = engine.image_memory
+    ask(engine, *((q, [picture()]) for q in QUESTIONS))
+    assert (engine.seen, engine.rows, memory.misses, memory.hits) == (1, 16, 1, 4)
+    ask(engine, *((q, [picture()]) for q in QUESTIONS))
+    assert (engine.seen, engine.rows, memory.misses, memory.hits) == (1, 16, 1, 9)
+    assert len(memory) == 1 and memory.bytes == KV + FEATURE and memory.evictions == 0
+    assert_idle(engine)
+
+
+def test_other_places_need_no_tower(seeing):
+    """K/V stand at a position; features do not."""
+    engine = counting(*seeing)
+    image, other = picture(0), picture(1)
+    ask(engine, ("What?", [image]))
+    ask(engine, ("What?", [other, image]), ("What?", [image, other, image]))
+    assert engine.seen == 2
+    places = sorted(start for _, start in engine.image_memory.entries)
+    first = places[2]
+    # both at the first place; image second and other second; image third
+    assert places == [FEATURES, FEATURES, first, first, first + 17, first + 17, first + 34]
+    assert len(engine.image_memory) == 2 and engine.rows == 5 * 16
+
+
+def test_dense_keeps_features(seeing):
+    model, processor = seeing_model(variant="dense")
+    engine = counting(model, processor)
+    ask(engine, *((q, [picture()]) for q in QUESTIONS), ("Both?", [picture(), picture()]))
+    assert engine.seen == 1 and engine.rows == 0 and engine.image_memory.bytes == FEATURE
+    assert list(engine.image_memory.entries) == [(next(iter(engine.image_memory.entries))[0], FEATURES)]
+
+
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+def test_nothing_is_kept_that_should_not_be(variant):
+    engine = counting(*seeing_model(variant=variant), keep_images=False, keep_prefix=False)
+    for _ in range(2):
+        ask(engine, *((q, [picture()]) for q in QUESTIONS[:4]), max_new_tokens=8)
+        assert not engine.image_memory.entries and not engine.runner.pool.prefixes
+    assert 2 <= engine.seen <= 8  # those that run at the same time share
+    assert_idle(engine)
+
+
+def test_the_prefix_is_computed_once(seeing):
+    """All prompts of a template share its first rows, with a picture or without."""
+    engine = counting(*seeing)
+    rows = []
+    prefill = engine.runner.prefill
+    engine.runner.prefill = lambda some: rows.append([(len(r.layout), r.held) for r in some]) or prefill(some)
+    for images in ([picture()], []):
+        rows.clear()
+        ask(engine, *((q, images) for q in QUESTIONS[:3]))
+        ask(engine, *((q, images) for q in QUESTIONS[:3]))
+        held = [h for some in rows for _, h in some]
+        assert held[0] == 0 and len(set(held[1:])) == 1 and held[1] > 20
+    assert len(engine.runner.pool.prefixes) == 2
+
+
+# --- what is the same image ---
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_content_decides(seeing, tmp_path):
+    """The same bytes, wherever they lie, are one image; the same pixels are one too."""
+    engine = counting(*seeing)
+    content = png(picture())
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(content)
+    files = [
+        tmp_path / "a.png",
+        str(tmp_path / "b.png"),
+        os.path.relpath(tmp_path / "a.png"),
+        content,
+        bytearray(content),
+    ]
+    ask(engine, *(("What?", [source]) for source in files))
+    assert len(engine.image_memory) == 1 and engine.seen == 1
+    pixels = [picture(), picture().copy(), Image.open(tmp_path / "a.png"), picture().convert("RGBA")]
+    ask(engine, *(("What?", [source]) for source in pixels))
+    assert len(engine.image_memory) == 2 and engine.seen == 2
+    assert_idle(engine)
+
+
+def test_a_file_that_changes_is_another_image(seeing, tmp_path):
+    engine = counting(*seeing)
+    for seed in (0, 1):
+        picture(seed).save(tmp_path / "a.png")
+        os.utime(tmp_path / "a.png", ns=(seed, seed))
+        ask(engine, ("What?", [tmp_path / "a.png"]))
+    assert engine.seen == 2
+
+
+def test_the_same_numbers_are_not_the_same_picture(seeing):
+    """Of another palette, or of another shape."""
+    engine = counting(*seeing)
+    gray = picture().convert("L")
+    one, other = gray.convert("P"), gray.convert("P")
+    other.putpalette([255 - x for x in other.getpalette()])
+    assert one.tobytes() == other.tobytes()
+    turned = Image.frombytes("RGB", picture().size[::-1], picture().tobytes())
+    ask(engine, *(("What?", [image]) for image in (one, other, picture(), turned)))
+    assert engine.seen == 4
+
+
+def test_open_files_and_urls_are_read_once(seeing):
+    engine = counting(*seeing)
+    request = Request.ask("What?", [io.BytesIO(png(picture()))], max_new_tokens=3)
+    (result,) = engine.generate([request])
+    assert result.tokens == answer(seeing[0], seeing[1].ask("What?", [picture()]), 3)
+
+
+def test_features_that_their_owner_changes(seeing):
+    """What is kept under a content is that content."""
+    for variant in ("accel", "dense"):
+        model, _ = seeing_model(variant=variant)
+        engine, mine = small_engine(model), features(3).clone()
+        ids = request_of([3, ("image", 3), 4]).prompt
+        want = engine.generate([Request(ids, [mine], 5)])[0].tokens
+        mine *= -1
+        engine.generate([Request(ids, [mine], 5)])
+        assert engine.generate([Request(ids, [features(3)], 5)])[0].tokens == want
+        assert engine.image_memory.misses == 2
+
+
+# --- the limit ---
+
+
+def test_the_longest_unused_goes_first(seeing):
+    engine = counting(*seeing, image_memory_bytes=3 * (KV + FEATURE))
+    for seed in (0, 1, 2, 0):
+        ask(engine, ("What?", [picture(seed)]))
+    assert engine.image_memory.evictions == 0 and engine.seen == 3
+    ask(engine, ("What?", [picture(3)]))
+    # the features of 0, whose K/V were used just now, and the K/V of 1 were the longest unused
+    assert engine.image_memory.evictions == 2 and engine.image_memory.bytes == 3 * (KV + FEATURE)
+    ask(engine, ("What?", [picture(0)]), ("What?", [picture(2)]))
+    assert engine.seen == 4 and engine.image_memory.evictions == 2
+    ask(engine, ("What?", [picture(1)]))
+    assert engine.seen == 4, "its features are still there"
+    ask(engine, ("What?", [picture(4)]), ("What?", [picture(5)]), ("What?", [picture(6)]))
+    assert engine.seen == 7
+    assert_idle(engine)
+
+
+def test_what_is_in_use_stays(seeing):
+    """A stream that has begun keeps its image, while others come and go in what room is left."""
+    engine = counting(*seeing, image_memory_bytes=2 * KV)
+    first = Request.ask("What?", [picture(0)], max_new_tokens=60, ignore_eos=True)
+    stream = engine.stream([first])
+    next(stream)
+    for seed in range(1, 5):
+        ask(engine, ("What?", [picture(seed)]), ("Where?", [picture(seed)]))
+        (pinned,) = [e for e in engine.image_memory.entries.values() if e.users]
+        assert pinned.bytes == KV
+    assert engine.seen == 5
+    list(stream)
+    assert first.result.tokens == answer(*asked_of(engine, first), 60, eos_token_id=None)
+    assert_idle(engine)
+
+
+def asked_of(engine, request):
+    question = request.prompt[0]["content"][-1]["text"]
+    return engine.model, engine.processor.ask(question, request.images)
+
+
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_requests_wait_for_room(variant, keep):
+    """Room for one or two images at a time; two images a request among them."""
+    model, processor = seeing_model(variant=variant)
+    room = 2 * (KV if variant == "accel" else FEATURE)
+    engine = counting(model, processor, image_memory_bytes=room, keep_images=keep, max_batch=6)
+    pairs = [(QUESTIONS[n % 5], [picture(n % 4)] if n % 3 else [picture(n % 4), picture(n % 2)]) for n in range(14)]
+    ask(engine, *pairs)
+    assert engine.image_memory.bytes <= room
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+def test_evicted_between_preparation_and_entry(variant, tmp_path):
+    """A file whose features are held is not decoded. If they go before it enters, it is; and if the file is gone too,
+    that request fails and no other."""
+    model, processor = seeing_model(variant=variant)
+    engine = counting(model, processor, workers=3)
+    for seed, name in enumerate("ab"):
+        picture(seed).save(tmp_path / name, "png")
+        ask(engine, ("What?", [tmp_path / name]))
+
+    def forget():
+        engine.image_memory.clear()
+        (tmp_path / "b").unlink()
+
+    prepare, all_prepared = engine.inputs.prepare, threading.Barrier(3, forget)
+    engine.inputs.prepare = lambda request: (prepare(request), all_prepared.wait(10))[0]
+    sources = [tmp_path / "a", tmp_path / "b", picture(2)]
+    first, gone, last = engine.generate([Request.ask("What?", [x], max_new_tokens=3) for x in sources])
+    assert gone.finish_reason == "error" and str(tmp_path / "b") in gone.error and "no such file" in gone.error
+    for result, seed in ((first, 0), (last, 2)):
+        assert result.tokens == answer(model, processor.ask("What?", [picture(seed)]), 3)
+    assert engine.seen == 4
+    assert_idle(engine)
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["acquire", "release", "offer", "fill"]), st.integers(0, 5)), max_size=60
+)
+
+
+@given(operations=operations, limit=st.integers(0, 100), keep=st.booleans())
+def test_any_use_of_the_memory(operations, limit, keep):
+    """Against the plain meaning: a list in order of use."""
+    memory, held = ImageMemory(limit, torch.device("cpu"), dict, keep), []
+    order: list[str] = []
+    sizes = {str(n): 4 * (3 * n + 1) for n in range(6)}
+    for what, n in operations:
+        key = str(n)
+        if what == "acquire":
+            busy = sum(sizes[k] for k in {e.key for e in held} | {key})
+            entry = memory.acquire(key, 0, sizes[key])
+            assert (entry is None) == (key not in order and busy > limit)
+            if entry is None:
+                continue
+            order = [k for k in order if k != key] + [key]
+            held.append(entry)
+        elif what == "release" and held:
+            entry = held.pop(n % len(held))
+            memory.release(entry)
+            if (entry.tensor is None or not keep) and entry not in held:
+                order.remove(entry.key)
+        elif what == "fill" and held:
+            entry = held[n % len(held)]
+            entry.tensor = torch.zeros(entry.bytes // 4)
+        elif what == "offer":
+            busy = sum(sizes[k] for k in {e.key for e in held} | {key})
+            memory.offer(key, 0, torch.zeros(sizes[key] // 4))
+            if keep and key not in order and busy <= limit:
+                order.append(key)
+        while sum(sizes[k] for k in order) > limit:
+            order.remove(next(k for k in order if k not in {e.key for e in held}))
+        assert [k for k, _ in memory.entries] == order
+        assert memory.bytes == sum(sizes[k] for k in order) <= limit
+        assert memory.in_use == sum(sizes[k] for k in {e.key for e in held})
+
+
+# --- files ---
+
+
+def held(memory) -> dict:
+    return {name: entry.tensor for name, entry in memory.entries.items()}
+
+
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+def test_saved_and_loaded(variant, tmp_path):
+    model, processor = seeing_model(variant=variant)
+    pairs = [(q, [picture(n)]) for n, q in enumerate(QUESTIONS[:3])] + [("Both?", [picture(0), picture(1)])]
+    engine = counting(model, processor)
+    ask(engine, *pairs)
+    assert engine.image_memory.save(tmp_path / "corpus") == 3
+    assert os.listdir(tmp_path) == ["corpus"]
+    with safe_open(tmp_path / "corpus", "pt") as file:
+        for (key, start), tensor in held(engine.image_memory).items():
+            assert torch.equal(file.get_tensor(f"{key}@{start}"), tensor)
+        assert len(file.keys()) == len(engine.image_memory.entries)
+    other = counting(*seeing_model(variant=variant))
+    other.image_memory.load(tmp_path / "corpus")
+    assert list(other.image_memory.entries) == list(engine.image_memory.entries), "in order of use"
+    assert other.image_memory.bytes == engine.image_memory.bytes
+    ask(other, *pairs)
+    assert other.seen == other.rows == other.image_memory.misses == 0
+    ask(other, ("Elsewhere?", [picture(2), picture(1), picture(0)]))
+    assert other.seen == 0
+    ask(other, ("New?", [picture(9)]))
+    assert other.seen == 1
+    assert_idle(other)
+
+
+def test_known_files_are_not_decoded(seeing, tmp_path, monkeypatch):
+    """A corpus that was encoded once: its files are read, to know them, and no more."""
+    engine = counting(*seeing)
+    picture().save(tmp_path / "a.png")
+    ask(engine, ("What?", [tmp_path / "a.png"]))
+    engine.image_memory.save(tmp_path / "corpus")
+    other = counting(*seeing)
+    assert other.image_memory.load(tmp_path / "corpus") == 1
+    monkeypatch.setattr(ViCAProcessor, "process_images", None)
+    results = other.generate([Request.ask(q, [tmp_path / "a.png"]) for q in QUESTIONS])
+    assert not any(r.error for r in results) and other.seen == 0
+
+
+def test_loaded_behind_what_is_held(seeing, tmp_path):
+    engine = counting(*seeing)
+    for seed in range(3):
+        ask(engine, ("What?", [picture(seed)]))
+    engine.image_memory.save(tmp_path / "corpus")
+    other = counting(*seeing, image_memory_bytes=2 * (KV + FEATURE))
+    ask(other, ("What?", [picture(7)]))
+    mine = list(other.image_memory.entries)
+    assert other.image_memory.load(tmp_path / "corpus") == 1, "there is room for one more"
+    assert list(other.image_memory.entries) == list(engine.image_memory.entries)[-2:] + mine
+    ask(other, ("What?", [picture(2)]), ("What?", [picture(7)]))
+    assert other.seen == 1 and other.image_memory.load(tmp_path / "corpus") == 1
+    other.image_memory.save(tmp_path / "corpus")
+    again = counting(*seeing)
+    assert again.image_memory.load(tmp_path / "corpus") == 2
+    assert_idle(again)
+
+
+def test_memory_without_layers(tmp_path):
+    """Text that never sees an image: its K/V take nothing, and saving works all the same."""
+    model, processor = seeing_model(t2v_layers=[])
+    engine = counting(model, processor)
+    ask(engine, ("What?", [picture()]))
+    assert engine.image_memory.save(tmp_path / "corpus") == 1
+    other = counting(*seeing_model(t2v_layers=[]))
+    assert other.image_memory.load(tmp_path / "corpus") == 1
+    ask(other, ("What?", [picture()]))
+    assert other.seen == 0
+    empty = counting(model, processor)
+    assert empty.image_memory.save(tmp_path / "empty") == 0 and empty.image_memory.load(tmp_path / "empty") == 0
+
+
+def test_the_same_checkpoint_from_a_folder(seeing, tmp_path):
+    """What decides is the content: a memory outlives the process and the folder's name."""
+    model, processor = seeing
+    engine = counting(model, processor)
+    ask(engine, ("What?", [picture()]))
+    engine.image_memory.save(tmp_path / "corpus")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    other = counting(*vica.load(tmp_path / "model", device="cpu"))
+    assert other.image_memory.load(tmp_path / "corpus") == 1
+    ask(other, ("What?", [picture()]))
+    assert other.seen == 0
+
+
+def changed(what: str):
+    """A model and processor that differ from `seeing_model()` in one thing."""
+    if what in ("pad", "mean"):
+        model, processor = seeing_model()
+        if what == "pad":
+            processor.image_mode = "crop"
+        else:
+            processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+        return model, processor
+    if what in ("tower", "projector", "k_proj", "norm"):
+        model, processor = seeing_model()
+        name = dict(tower="layers.1.mlp.fc1.weight", projector="mm_projector.2.bias").get(what)
+        name = name or dict(k_proj="layers.2.self_attn.k_proj.weight", norm="layers.0.input_layernorm.weight")[what]
+        (weight,) = [
+            p for n, p in model.named_parameters() if n.endswith("model." * (what in ("k_proj", "norm")) + name)
+        ]
+        with torch.no_grad():
+            weight.view(-1)[3] += 1e-6
+        return model, processor
+    if what == "dtype":
+        model, processor = seeing_model()
+        return model.to(torch.bfloat16), processor
+    return seeing_model(**{
+        "layers": dict(t2v_layers=[0, 1]), "variant": dict(variant="dense"),
+        "rotary": dict(text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=5e4))),
+    }[what])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what, named",
+    [
+        ("layers", r"layers \(\[0, 2\]\) than this model's \(\[0, 1\]\)"), ("variant", r"layers \(\[0, 2\]\)"),
+        ("dtype", "weights|dtype"), ("rotary", "rotary"), ("pad", "preprocessing"), ("mean", "preprocessing"),
+        ("tower", "weights"), ("projector", "weights"), ("k_proj", "weights"), ("norm", "weights"),
+    ],
+)  # fmt: skip
+def test_another_models_memory_is_refused(what, named, tmp_path):
+    engine = counting(*seeing_model())
+    ask(engine, ("What?", [picture()]))
+    engine.image_memory.save(tmp_path / "corpus")
+    other = counting(*changed(what))
+    with pytest.raises(ViCAError, match=f"corpus' was made with other {named}") as error:
+        other.image_memory.load(tmp_path / "corpus")
+    assert "\n" not in str(error.value) and not other.image_memory.entries
+
+
+def test_what_kv_do_not_depend_on_may_change(tmp_path):
+    """The weights after attention, other layers and the head have no part in what is kept."""
+    engine = counting(*seeing_model())
+    ask(engine, ("What?", [picture()]))
+    engine.image_memory.save(tmp_path / "corpus")
+    model, processor = seeing_model()
+    with torch.no_grad():
+        for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+            model.get_parameter(name).mul_(1.1)
+    other = counting(model, processor)
+    assert other.image_memory.load(tmp_path / "corpus") == 1
+    ask(other, ("What?", [picture()]))
+    assert other.seen == 0
+
+
+def damage(content: bytes, how: str) -> bytes | None:
+    if how in ("half", "a byte"):
+        return content[: len(content) // 2] if how == "half" else content[:-1]
+    return {"empty": b"", "text": b"hello " * 40, "header": content[:8] + b"x" + content[9:], "long": content + b"x"}[
+        how
+    ]
+
+
+@pytest.mark.parametrize("how", ["half", "a byte", "empty", "text", "header", "long"])
+def test_damaged_files(seeing, how, tmp_path):
+    engine = counting(*seeing)
+    ask(engine, ("What?", [picture()]))
+    before = held(engine.image_memory)
+    engine.image_memory.save(tmp_path / "corpus")
+    (tmp_path / "corpus").write_bytes(damage((tmp_path / "corpus").read_bytes(), how))
+    refuse(engine, tmp_path / "corpus", "cannot be read")
+    assert held(engine.image_memory).keys() == before.keys()
+
+
+def refuse(engine, path, reason: str) -> None:
+    with pytest.raises(ViCAError, match=reason) as error:
+        engine.image_memory.load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_files_that_are_none_of_ours(seeing, tmp_path):
+    engine = counting(*seeing)
+    refuse(engine, tmp_path / "missing", "no such file")
+    refuse(engine, str(tmp_path), "cannot be read")
+    save_file({"x@0": torch.zeros(3)}, tmp_path / "plain")
+    refuse(engine, tmp_path / "plain", "not a file that image_memory.save wrote")
+    for binding in (None, "{", json.dumps([])):
+        metadata = {"format": "vica image memory 1"} | ({} if binding is None else {"binding": binding})
+        save_file({"x@0": torch.zeros(3)}, tmp_path / "strange", metadata)
+        refuse(engine, tmp_path / "strange", "not a file that image_memory.save wrote|was made with other")
+    assert not engine.image_memory.entries
+
+
+def test_a_save_that_fails_leaves_the_old_file(seeing, tmp_path, monkeypatch):
+    engine = counting(*seeing)
+    ask(engine, ("What?", [picture()]))
+    engine.image_memory.save(tmp_path / "corpus")
+    before = (tmp_path / "corpus").read_bytes()
+    ask(engine, ("What?", [picture(1)]))
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch.Tensor, "numpy", fail)
+    with pytest.raises(OSError, match="disk full"):
+        engine.image_memory.save(tmp_path / "corpus")
+    assert (tmp_path / "corpus").read_bytes() == before
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), min_size=1, max_size=10), st.integers(2, 6)
+)
+def test_any_use_of_a_tight_memory(seeing, asked, images):
+    """No image is ever taken for another, whatever was evicted before."""
+    engine = counting(*seeing, image_memory_bytes=images * FEATURE + KV * 2)
+    pairs = [(QUESTIONS[q], [picture(n)] + [picture(0)] * twice) for n, q, twice in asked]
+    for part in (pairs, pairs[::2], pairs[1::2]):
+        ask(engine, *part, max_new_tokens=2)
+    assert_sound(engine)
