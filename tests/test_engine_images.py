@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.engines import (
     watched,
 )  # fmt: skip
 from vica.data.processor import ViCAProcessor
-from vica.engine import Engine, Request
+from vica.engine import Engine, Request, hashing, inputs
 from vica.engine.memory import FEATURES, ImageMemory
 from vica.errors import ViCAError
 
@@ -155,12 +156,22 @@ def test_content_decides(seeing, tmp_path):
 
 
 def test_a_file_that_changes_is_another_image(seeing, tmp_path):
+    """Also where size and time stay: a video's frames may follow each other faster than a file's clock ticks."""
     engine = counting(*seeing)
-    for seed in (0, 1):
-        picture(seed).save(tmp_path / "a.png")
-        os.utime(tmp_path / "a.png", ns=(seed, seed))
-        ask(engine, ("What?", [tmp_path / "a.png"]))
-    assert engine.seen == 2
+    now = time.time_ns()
+    for seed, changed in enumerate((1, 2, now, now)):
+        picture(seed).save(tmp_path / "a.bmp")
+        os.utime(tmp_path / "a.bmp", ns=(changed, changed))
+        ask(engine, ("What?", [tmp_path / "a.bmp"]))
+    assert engine.seen == 4
+
+
+def test_a_known_file_is_not_read_again(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"content")
+    os.utime(tmp_path / "a", ns=(1, 1))
+    first = inputs.digest_file(str(tmp_path / "a"))
+    monkeypatch.setattr("builtins.open", None)
+    assert inputs.digest_file(str(tmp_path / "a")) == first == hashing.digest(b"content")
 
 
 def test_the_same_numbers_are_not_the_same_picture(seeing):
@@ -193,6 +204,35 @@ def test_features_that_their_owner_changes(seeing):
         engine.generate([Request(ids, [mine], 5)])
         assert engine.generate([Request(ids, [features(3)], 5)])[0].tokens == want
         assert engine.image_memory.misses == 2
+
+
+def test_a_file_that_cannot_be_opened(seeing, tmp_path, monkeypatch):
+    """load_image's own words, not a traceback."""
+    picture().save(tmp_path / "a.png")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(inputs, "digest_file", refuse)
+    monkeypatch.setattr(Image, "open", refuse)
+    (result,) = small_engine(seeing[0], processor=seeing[1]).generate([Request.ask("What?", [tmp_path / "a.png"])])
+    assert result.error == f"image {str(tmp_path / 'a.png')!r}: cannot be read ([Errno 13] Permission denied)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_every_value_and_place_counts(dtype, monkeypatch):
+    """In a tensor's digest, also where it is made in parts."""
+    monkeypatch.setattr(hashing, "CHECKSUM_WORDS", 4)
+    x = torch.arange(1, 36).view(5, 7).to(dtype)
+    others = [x, x.view(7, 5), x[:4], x.flip(0), torch.zeros_like(x), torch.zeros(5, 8).to(dtype), x.view(torch.uint8)]
+    for place in range(35):
+        other = x.clone()
+        other.view(-1)[place] += 1
+        others.append(other)
+    digests = [hashing.digest_tensor(other) for other in others]
+    same = dtype == torch.uint8  # then the view changes nothing
+    assert len(set(digests)) == len(digests) - same and digests[0] == hashing.digest_tensor(x.t().clone().t())
+    assert hashing.digest_tensor(x[:0]) != hashing.digest_tensor(x[:0].view(0))
 
 
 # --- the limit ---

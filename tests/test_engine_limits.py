@@ -436,7 +436,7 @@ def test_one_that_never_fits_among_others(model, many_want):
 def test_streams_go_on_after_memory_was_short(model, many_want):
     """Answers so far are kept, and no token is given twice."""
     engine = watched(small_engine(model, max_batch=5))
-    out_of_memory(engine, "decode", lambda size, n: n in (2, 5, 6, 9))
+    out_of_memory(engine, "decode", lambda _, n: n % 5 == 2)
     got, requests = {}, many()
     for request, token in engine.stream(requests):
         got.setdefault(request, []).append(int(token))

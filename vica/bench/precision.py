@@ -9,7 +9,6 @@ arithmetic differs. Error is ||x - ref|| / ||ref|| over the text logits; accel i
 import argparse
 import math
 import platform
-import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -18,6 +17,8 @@ import transformers
 
 from ..model.config import ViCAConfig
 from ..model.llava import ViCAForConditionalGeneration
+from .models import random_model
+from .report import git_commit
 
 BOUND = 1.25
 IMAGE = -200
@@ -35,17 +36,7 @@ def build(layers: int, device, dtype) -> ViCAForConditionalGeneration:
     config = ViCAConfig(
         text_config=dict(SEVEN_B, num_hidden_layers=layers, max_position_embeddings=4096), t2v_layers=t2v
     )
-    with torch.device("meta"):
-        model = ViCAForConditionalGeneration(config)
-    model = model.to(dtype).to_empty(device=device).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 1:
-                weight.fill_(1.0)
-            else:
-                weight.normal_(0, 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5)
-    return model
+    return random_model(config, device, dtype)
 
 
 def make_inputs(layout, width: int, device) -> dict:
@@ -128,10 +119,6 @@ def render(rows: list[tuple]) -> str:
         cells = (layers, name, batch, what, variant, kernel, f"{error:.3e}", f"{error / own:.3f}", greedy)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
-
-
-def git_commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def header(args: argparse.Namespace) -> str:

@@ -13,9 +13,12 @@ from ..model.llava import ViCAForConditionalGeneration
 from ..model.plan import VARIANTS
 
 
-def add_wiring(parser: argparse.ArgumentParser) -> None:
+def add_wiring(parser: argparse.ArgumentParser, variant: str | None = None) -> None:
+    """`variant` given: the verb leaves no choice of it."""
     group = parser.add_argument_group("wiring (default: as the checkpoint says)")
-    group.add_argument("--variant", choices=VARIANTS)
+    if variant is None:
+        group.add_argument("--variant", choices=VARIANTS)
+    parser.set_defaults(variant=variant)
     group.add_argument("--t2v-layers", metavar="LIST", help='a JSON list such as "[0,1,7,8]"; goes before T2V_LAYERS')
     group.add_argument("--freeze-prefix", metavar="RULE", help="true, false, or the first layer that freezes it")
     group.add_argument(

@@ -75,22 +75,21 @@ class Engine:
         requests = list(requests)
         results: list[Result | None] = [None] * len(requests)
         with tqdm(total=len(requests), disable=not progress, unit=" answers") as bar:
-            for place, event in self._run(requests, streaming=False):
-                if isinstance(event, Result):
-                    results[place] = event
-                    bar.update()
+            for place, request, _ in self._run(requests, streaming=False):
+                results[place] = request.result
+                bar.update()
         return results
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
         """Tokens as they come, of all requests in any order; `request.result` is there with its last token, and of one
         that failed when the stream ends. Leaving the loop cancels the rest."""
-        for _, event in self._run(requests, streaming=True):
-            if not isinstance(event, Result):
-                yield event
+        for _, request, token in self._run(requests, streaming=True):
+            if token is not None:
+                yield request, token
 
     def cancel(self, request: Request) -> None:
         """Its result comes with what it has so far."""
-        for sequence in (*self.scheduler.waiting, *self.scheduler.active):
+        for sequence in (*self.scheduler.waiting, *self.scheduler.active, *self.scheduler.leaving):
             if sequence.request is request:
                 sequence.cancelled = True
 
@@ -100,7 +99,7 @@ class Engine:
         return self.runner.graphs.seconds
 
     def _run(self, requests: Iterable[Request], streaming: bool):
-        """Pairs of a request's place and its result; when streaming, also its tokens as (request, token)."""
+        """A request's place, itself and a token, for each token when streaming and at the end, then with its result."""
         source, places, sink, more = enumerate(requests), {}, deque(), True
         scheduler = self.scheduler
         try:
@@ -111,11 +110,10 @@ class Engine:
                 with torch.inference_mode():
                     scheduler.step()
                 while sink:
-                    sequence, event = sink.popleft()
-                    if isinstance(event, Result):
-                        yield places.pop(sequence), event
-                    else:
-                        yield places[sequence], (sequence.request, event)
+                    sequence, token, result = sink.popleft()
+                    if result is not None:
+                        sequence.request.result = result
+                    yield places[sequence] if result is None else places.pop(sequence), sequence.request, token
         finally:
             for sequence in places:
                 sequence.cancelled = True
@@ -129,7 +127,7 @@ class Engine:
         stream = TextStream(self.processor, request.stops) if readable else None
         seed = secrets.randbits(62) if request.seed is None else request.seed
         prepared = self.threads.submit(self.inputs.prepare, request)
-        sequence = Sequence(request, prepared, seed, stream, sink if streaming else None, sink)
+        sequence = Sequence(request, prepared, seed, stream, sink, streaming)
         self.scheduler.waiting.append(sequence)
         return sequence
 

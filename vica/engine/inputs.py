@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from weakref import WeakValueDictionary
@@ -19,6 +21,7 @@ from .hashing import digest, digest_tensor
 from .layout import Layout, lay_out
 from .request import Request
 
+SETTLED = 2 * 10**9  # ns after a change from which on another would have another time, however coarse the clock
 GIVEN = "features-"  # what the keys of features begin with that the caller brings
 
 
@@ -128,8 +131,8 @@ class Inputs:
     def _identify(self, source) -> tuple[str, object]:
         """The digest of the content as it comes, so that a known file is not even decoded."""
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-            status = os.stat(source)
-            return digest_file(os.path.abspath(source), status.st_size, status.st_mtime_ns), source
+            with suppress(OSError):  # load_image says what is wrong
+                return digest_file(os.path.abspath(source)), source
         if isinstance(source, (bytes, bytearray, memoryview)):
             return digest(bytes(source)), source
         if not isinstance(source, Image.Image):
@@ -150,7 +153,14 @@ class Inputs:
                 (image.pixels,) = self.processor.process_images([source])
 
 
+def digest_file(path: str) -> str:
+    status = os.stat(path)
+    if time.time_ns() - status.st_mtime_ns < SETTLED:
+        return _digest_file.__wrapped__(path)
+    return _digest_file(path, status.st_size, status.st_mtime_ns)
+
+
 @lru_cache(maxsize=2**16)
-def digest_file(path: str, size: int, changed: int) -> str:
+def _digest_file(path: str, size: int = 0, changed: int = 0) -> str:
     with open(path, "rb") as file:
         return digest(file.read())

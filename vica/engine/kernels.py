@@ -75,10 +75,11 @@ class CudaOps(TorchOps):
 
     def _multiply_row(self, x, weight, out, add: bool = False, gated: bool = False):
         columns = weight.shape[1]
-        rows, step, warps = (1, 1024, 8) if columns % 1024 == 0 else (4, 256, 4)  # the fastest found on an H200
-        _multiply_row[(out.shape[1] // rows,)](
-            x, weight, out, out.shape[1], columns, rows, step, add, gated, self.hopper,
-            num_warps=warps, launch_pdl=self.hopper,
+        # the fastest found on an H200: programs of one warp where the weight is narrow
+        step, warps = (1024, 4 if gated else 8) if out.shape[1] >= 8192 and columns % 1024 == 0 else (256, 1)
+        _multiply_row[(out.shape[1],)](
+            x, weight, out, out.shape[1], columns, step, add, gated, self.hopper, num_warps=warps,
+            launch_pdl=self.hopper,
         )  # fmt: skip
         return out
 
@@ -157,32 +158,30 @@ def _wait(HOPPER: tl.constexpr):
 
 @triton.jit
 def _multiply_row(
-    x, weight, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr,
-    HOPPER: tl.constexpr,
-):  # fmt: skip
-    """One row times a weight. A program takes BN of the weight's rows; GATED: BN of either half's."""
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    x, weight, out, N, K: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, HOPPER: tl.constexpr
+):
+    """One row times a weight. A program takes one of the weight's rows; GATED: one of either half's."""
+    n, k = tl.program_id(0), tl.arange(0, BK)
+    at = weight + n.to(tl.int64) * K + k
     second = at + N.to(tl.int64) * K
     w = tl.load(at)
     w2 = tl.load(second) if GATED else w
     _wait(HOPPER)
-    start = tl.load(out + n).to(tl.float32) if ADD else tl.zeros([BN], tl.float32)
-    v = tl.load(x + k).to(tl.float32)[None, :]
-    acc = w.to(tl.float32) * v
-    acc2 = w2.to(tl.float32) * v
+    start = tl.load(out + n).to(tl.float32) if ADD else 0.0
+    v = tl.load(x + k).to(tl.float32)
+    acc, acc2 = w.to(tl.float32) * v, w2.to(tl.float32) * v
     for i in range(BK, K, BK):
-        v = tl.load(x + i + k).to(tl.float32)[None, :]
+        v = tl.load(x + i + k).to(tl.float32)
         acc += tl.load(at + i).to(tl.float32) * v
         if GATED:
             acc2 += tl.load(second + i).to(tl.float32) * v
-    y = tl.sum(acc, 1)
+    y = tl.sum(acc, 0)
     if GATED:
-        y = y / (1 + tl.exp(-y)) * tl.sum(acc2, 1)
+        y = y / (1 + tl.exp(-y)) * tl.sum(acc2, 0)
     tl.store(out + n, (y + start).to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _multiply_rows(
     x, weight, out, parts, arrived, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, ADD: tl.constexpr, HOPPER: tl.constexpr,
@@ -268,7 +267,7 @@ def _rope_store(
     tl.store(to + D // 2 + d, right.to(qkv.dtype.element_ty), live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "layer"])
 def _image_store(
     kv, base, address, tokens, first, image, pos, cos, sin, layer, G, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HOPPER: tl.constexpr,
@@ -306,7 +305,7 @@ def _round(q, k, v, seen, best, total, acc, scale):
     return top, total * fade + tl.sum(weight, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "table_stride"])
 def _text_attention(
     q, pool, tiles, table, limit, out, lse, q_stride, table_stride, rows, scale, H, G, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr,
@@ -344,7 +343,7 @@ def _text_attention(
     tl.store(to, acc.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "layer"])
 def _image_attention(
     q, anchor, base, items, image_rows, out, lse, q_stride, layer, scale, H, G, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOPPER: tl.constexpr,
@@ -375,7 +374,7 @@ def _image_attention(
     tl.store(out + part[:, None] * D + d[None, :], acc / total[:, None], inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def _merge(
     text, text_lse, image, image_lse, starts, parts, out, first, rows, H, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, IMAGES: tl.constexpr, HOPPER: tl.constexpr,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ViCAError
 from ..model.plan import LayerPlan
-from ..model.tokens import expand
+from ..model.tokens import check_image_count
 
 VISUAL = -1  # in place of a row's token id
 
@@ -42,18 +42,24 @@ class Layout:
 
 
 def lay_out(ids: list[int], sizes: list[int], image_token: int, plan: list[LayerPlan], vocabulary: int) -> Layout:
+    """What model/tokens.py lays out for a whole batch, for one prompt and at a hundredth of a millisecond."""
     row = np.asarray(ids, np.int64)
-    tokens = expand(row[None], np.ones((1, len(row)), bool), sizes, image_token)
-    text = row[row != image_token]
-    if not len(text) or row[-1] == image_token:
+    is_image = row == image_token
+    columns = np.nonzero(is_image)[0]
+    check_image_count(len(columns), len(sizes))
+    if not len(row) or is_image[-1]:
         raise ViCAError("the prompt ends with an image (or is empty): an answer needs a text token to follow")
-    if (wrong := text[(text < 0) | (text >= vocabulary)]).size:
+    if (wrong := row[((row < 0) | (row >= vocabulary)) & ~is_image]).size:
         raise ViCAError(f"the prompt holds token {wrong[0]}; the vocabulary has {vocabulary}")
     if any(size < 1 for size in sizes):
         raise ViCAError("an image has no visual tokens")
-    live = ~tokens.visual | plan[0].visual_updated
-    token_ids = np.where(tokens.visual, VISUAL, row[tokens.column])
-    first = np.nonzero(np.diff(np.r_[-1, np.where(tokens.visual, tokens.column, -1)]) > 0)[0]
-    before = np.cumsum(live) - live  # rows before each token
-    images = [Placed(int(at), size, int(before[at])) for at, size in zip(first, sizes)]
-    return Layout(token_ids[live], tokens.pos[live], images, int(tokens.prefix.sum()), len(tokens))
+    length = np.ones(len(row), np.int64)
+    length[columns] = sizes
+    pos = np.cumsum(length) - length  # of each column's first token
+    total, prefix = int(length.sum()), int(columns[0]) if len(columns) else 0
+    if plan[0].visual_updated:
+        rows, at, first_rows = np.repeat(np.where(is_image, VISUAL, row), length), np.arange(total), pos[columns]
+    else:
+        rows, at, first_rows = row[~is_image], pos[~is_image], columns - np.arange(len(columns))
+    images = [Placed(int(start), size, int(first)) for start, size, first in zip(pos[columns], sizes, first_rows)]
+    return Layout(rows, at, images, prefix, total)

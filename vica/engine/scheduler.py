@@ -38,14 +38,15 @@ class Sequence:
     prepared: "Future[Prepared]"
     seed: int
     stream: TextStream | None  # None: no text is needed before the end
-    token_sink: deque | None  # where tokens go as they come
-    result_sink: deque
+    sink: deque  # where it goes with a token, a result or both
+    streaming: bool  # with each token
     submitted: float = field(default_factory=time.perf_counter)
     tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
     admitted: float | None = None
     first_token: float | None = None
     cancelled: bool = False
-    retried: bool = False
+    retried: bool = False  # after memory was too short for it alone
     result: Result | None = None
     # while it has a lane:
     row: Row | None = None
@@ -74,6 +75,7 @@ class Scheduler:
         self.max_batch, self.keep_prefix = max_batch, keep_prefix
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
+        self.leaving: set[Sequence] = set()  # whose last tokens are still in flight
         self.lanes = list(range(max_batch, 0, -1))  # lane 0 is the runner's
         self.in_flight: deque[tuple[torch.Tensor, object, list[Sequence]]] = deque()
         self.batch: Batch | None = None
@@ -86,9 +88,9 @@ class Scheduler:
 
     def step(self) -> None:
         self.drop_cancelled()
+        self._decode()
         self._admit(self._choose())
-        launched = self._decode()
-        while len(self.in_flight) > launched:
+        while len(self.in_flight) > bool(self.active):
             self._harvest()
 
     # --- entering ---
@@ -96,12 +98,13 @@ class Scheduler:
     def _choose(self) -> list[Sequence]:
         """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
         other as long as others run, and for a moment if none does."""
+        running = bool(self.active or self.in_flight)
         free = min(len(self.lanes), self.most_active - len(self.active))
         wanted = min(len(self.waiting), max(1, self.most_active // 4))
-        if not wanted or (self.active and free < wanted):
+        if not wanted or (running and free < wanted):
             return []
         ready = [s for s in self.waiting if s.prepared.done()]
-        if self.active:
+        if running:
             patient = not ready or time.perf_counter() - ready[0].submitted < PATIENCE
             return [] if len(ready) < wanted and patient else ready[:free]
         deadline = time.perf_counter() + PATIENCE
@@ -152,7 +155,7 @@ class Scheduler:
         if request.temperature > COLDEST:
             sequence.row.sampling = (request.temperature, request.top_k, request.top_p, sequence.seed)
         sequence.row.lane = self.lanes.pop()
-        sequence.launched = done
+        sequence.launched, sequence.prompt_tokens = done, prepared.layout.total
         self.waiting.remove(sequence)
 
     def _take_slots(self, sequence: Sequence, layout: Layout, rows: int) -> tuple[np.ndarray, int]:
@@ -218,6 +221,7 @@ class Scheduler:
             sequence.admitted = sequence.admitted or now
             sequence.makes_prefix = False
         self.active += entering
+        self.batch = None
         self._launched(tokens, entering)
 
     def _compute_images(self, entering: list[Sequence]) -> None:
@@ -252,28 +256,31 @@ class Scheduler:
 
     # --- running ---
 
-    def _decode(self) -> int:
-        """Launches the next token of every running sequence; the number of launches."""
-        running = [s for s in self.active if s.launched < s.most]
+    def _decode(self) -> None:
+        """Launches the next token of every running sequence."""
+        running = list(self.active)
         if not running:
-            return 0
-        if (
-            self.batch is None
-            or len(running) != len(self.batch.rows)
-            or any(s.row is not row for s, row in zip(running, self.batch.rows))
-        ):
+            return
+        if self.batch is None:
             self.batch = self.runner.batch([s.row for s in running])
         try:
             tokens = self.runner.decode(self.batch, max(s.length for s in running))
         except torch.OutOfMemoryError:
             self._thin_out(running)
-            return 0
+            return
+        for sequence in running:
+            sequence.retried = False
         self._launched(tokens, running)
-        return 1
 
     def _launched(self, tokens: torch.Tensor, sequences: list[Sequence]) -> None:
+        """A sequence whose last token is on its way has no use for its lane, slots and images: whatever others do with
+        them, the device does later."""
         for sequence in sequences:
             sequence.launched += 1
+            if sequence.launched == sequence.most:
+                self._leave(sequence)
+                self.leaving.add(sequence)
+        self.active = [s for s in self.active if s.row is not None]
         event = None
         if tokens.device.type == "cuda":
             tokens = tokens.to("cpu", non_blocking=True)
@@ -302,8 +309,8 @@ class Scheduler:
             piece += stream.finish()
         if ended or stopped or full:
             self._finish(sequence, "stop" if ended or stopped else "length", Token(token, piece))
-        elif sequence.token_sink is not None:
-            sequence.token_sink.append((sequence, Token(token, piece)))
+        elif sequence.streaming:
+            sequence.sink.append((sequence, Token(token, piece), None))
 
     # --- leaving ---
 
@@ -322,16 +329,15 @@ class Scheduler:
             list(sequence.tokens),
             reason,
             error,
-            prompt_tokens=sequence.row.layout.total if sequence.row else 0,
+            prompt_tokens=sequence.prompt_tokens,
             queued_s=started - sequence.submitted,
             first_token_s=None if first is None else first - sequence.submitted,
             total_s=now - sequence.submitted,
         )
-        sequence.request.result = sequence.result
-        if last is not None and sequence.token_sink is not None:
-            sequence.token_sink.append((sequence, last))
-        sequence.result_sink.append((sequence, sequence.result))
-        if sequence in self.active:
+        sequence.sink.append((sequence, last, sequence.result))
+        if sequence in self.leaving:
+            self.leaving.remove(sequence)
+        elif sequence in self.active:
             self.active.remove(sequence)
             self._leave(sequence)
         else:
@@ -362,9 +368,11 @@ class Scheduler:
         sequence.makes_prefix, sequence.entries = False, []
 
     def drop_cancelled(self) -> None:
-        for sequence in [s for s in (*self.waiting, *self.active) if s.cancelled]:
+        for sequence in [s for s in (*self.waiting, *self.active, *self.leaving) if s.cancelled]:
             self._finish(sequence, "cancelled")
-        if not self.active:  # what is still in flight is nobody's, and would keep its requests alive
+        if (
+            not self.active and not self.leaving
+        ):  # what is still in flight is nobody's, and would keep its requests alive
             self.in_flight.clear()
 
     # --- out of memory ---

@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ..bench.flops import kv_bytes, visual_flops, visual_tokens
+from ..bench.report import table
 from ..data.images import load_image
 from ..errors import ViCAError
 from ..loading import load
@@ -56,7 +57,7 @@ def report(model, processor, picture, args) -> None:
     print("its arithmetic does.")
     print(f"Picture {Path(args.image).name}: {visual_tokens(config)} visual tokens. Question: {args.question}\n")
     runs = {variant: measure(model, inputs, variant, args.max_new_tokens) for variant in ("mask", "accel", "dense")}
-    print_table([TITLES, *(table_column(model, variant, run, runs["mask"]) for variant, run in runs.items())])
+    print(table(list(zip(TITLES, *(table_column(model, name, run, runs["mask"]) for name, run in runs.items())))))
     answer = processor.decode(runs["accel"]["tokens"], skip_special_tokens=True)
     print(f"\naccel answers: {answer!r}")
     print("mask and accel are one function; dense is plain LLaVA, another function of the same weights.")
@@ -92,14 +93,6 @@ def table_column(model, variant: str, run: dict, referee: dict) -> tuple[str, ..
     if variant == "dense":
         compared = ("another function", "-")
     return (variant, *compared, f"{1000 * run['prefill']:.1f}", f"{1000 * run['answer']:.0f}", *cost, f"{text_token:,}")
-
-
-def print_table(columns: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in columns]
-    for n, row in enumerate(zip(*columns)):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-        if n == 0:
-            print("  ".join("-" * width for width in widths))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""The engine's passes one by one: what its scheduler does for requests that all come at once."""
+
+import numpy as np
+import torch
+
+from ..engine import Engine, Request
+from ..engine.layout import Layout, lay_out
+from ..engine.runner import Batch, Row
+from ..errors import ViCAError
+from .inputs import Prompts
+
+
+class Drive:
+    """All rows that it hands out share lanes and slots: those of one list are entered, then decoded, then another's."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.runner = engine, engine.runner
+        self.slots = np.zeros(0, np.int64)
+
+    def rows(self, prompts: Prompts, prefix_kept: bool) -> list[Row]:
+        """Rows of the prompts, each with room for its answer. A kept prefix is computed here and now."""
+        layouts = [self._layout(ids, prompts.shape.visual) for ids in prompts.ids]
+        prefix, own = layouts[0].prefix, len(layouts[0]) + prompts.shape.answer - 1
+        slots = self._take(prefix + own * len(layouts))
+        kept, rest = slots[:prefix], slots[prefix:].reshape(len(layouts), own)
+        if not prefix_kept:
+            return [Row(layout, lane, mine) for lane, (layout, mine) in enumerate(zip(layouts, rest), 1)]
+        first = Row(layouts[0], 1, np.concatenate([kept, rest[0]]))
+        self.first_tokens([first], prompts.features[:1])
+        return [
+            Row(layout, lane, np.concatenate([kept, mine[prefix:]]), held=prefix)
+            for lane, (layout, mine) in enumerate(zip(layouts, rest), 1)
+        ]
+
+    def clear(self) -> None:
+        """The slots go back, for the engine's own requests."""
+        self.runner.pool.give(self.slots)
+        self.slots = self.slots[:0]
+
+    @torch.inference_mode()
+    def show(self, rows: list[Row], features: list[torch.Tensor]) -> None:
+        """Gives each row its image as its pass wants it: frozen K/V, or features that are rows themselves."""
+        if self.runner.images_are_kv:
+            features = self.runner.image_kv(features, [row.layout.images[0].start for row in rows])
+        for row, image in zip(rows, features):
+            row.images = [image]
+
+    @torch.inference_mode()
+    def prefill(self, rows: list[Row]) -> torch.Tensor:
+        return self.runner.prefill(rows)
+
+    def first_tokens(self, rows: list[Row], features: list[torch.Tensor]) -> torch.Tensor:
+        self.show(rows, features)
+        return self.prefill(rows)
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        return self.runner.tower(pixels)
+
+    @torch.inference_mode()
+    def start_decode(self, rows: list[Row], features: list[torch.Tensor]) -> Batch:
+        self.first_tokens(rows, features)
+        return self.runner.batch(rows)
+
+    @torch.inference_mode()
+    def decode(self, batch: Batch, steps: int) -> torch.Tensor:
+        longest = max(len(row.layout) for row in batch.rows)
+        for step in range(steps):
+            tokens = self.runner.decode(batch, longest + step)
+        return tokens
+
+    def _layout(self, ids: list[int], visual: int) -> Layout:
+        config = self.engine.config
+        return lay_out(ids, [visual], config.image_token_index, config.plan, config.text_config.vocab_size)
+
+    def _take(self, count: int) -> np.ndarray:
+        pool, more = self.runner.pool, count - len(self.slots)
+        if more > 0:
+            if not pool.can_take(more):
+                raise torch.OutOfMemoryError(f"{count} rows of text K/V wanted, the engine has {pool.slots}")
+            self.slots = np.concatenate([self.slots, pool.take(more)])
+        return self.slots[:count]
+
+
+def answer_all(engine: Engine, requests: list[Request]) -> None:
+    """The engine as its users meet it. A request that fails would only make it faster."""
+    results = engine.generate(requests)
+    if failed := [result.error for result in results if result.error]:
+        raise ViCAError(f"{len(failed)} of {len(results)} requests failed: {failed[0]}")

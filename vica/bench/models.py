@@ -1,0 +1,120 @@
+"""What is measured: a real checkpoint, or random weights of a published shape, wired as each column needs it."""
+
+import argparse
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ..data.processor import ViCAProcessor
+from ..engine import Engine
+from ..errors import ViCAError
+from ..loading import check_device, check_dtype, load
+from ..model import checkpoint, layouts
+from ..model.config import ViCAConfig
+from ..model.llava import ViCAForConditionalGeneration
+from ..model.plan import PUBLISHED
+from ..toy.model import build_config, build_tokenizer
+from .peers import Transformers, fill_tables, share
+
+POSITIONS = 4096
+CLIP = "openai/clip-vit-large-patch14-336"
+# The name under which layers and prefix rule were published, and the backbone's shape.
+SHAPES = {
+    "3b": (
+        "LLaVA-1.5-3B",
+        dict(hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, intermediate_size=6912),
+    ),
+    "7b": (
+        "LLaVA-1.5-7B",
+        dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008),
+    ),
+    "13b": (
+        "LLaVA-1.5-13B",
+        dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824),
+    ),
+}
+PRESETS = (*SHAPES, "toy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--preset", choices=PRESETS, help="random weights of this shape")
+    which.add_argument("--model", metavar="M", help="a real checkpoint: folder or hub repository")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--dtype", help="default: bfloat16 on CUDA, float32 on a CPU")
+
+
+def preset_config(name: str) -> ViCAConfig:
+    if name == "toy":
+        config = build_config()
+        config.text_config.max_position_embeddings = POSITIONS
+        return config
+    recipe, shape = SHAPES[name]
+    layers, frozen = PUBLISHED[recipe]
+    return ViCAConfig(
+        text_config=dict(shape, vocab_size=32000, max_position_embeddings=POSITIONS),
+        vision_config=layouts.KNOWN_TOWERS[CLIP],
+        t2v_layers=layers,
+        freeze_prefix=frozen,
+    )
+
+
+def read_config(args: argparse.Namespace, wiring: dict) -> ViCAConfig:
+    """The model's settings as `accel`, without its weights. `wiring`: what the user asks for in place of them."""
+    if args.model is None:
+        return checkpoint.apply_settings(preset_config(args.preset), **wiring)
+    return checkpoint.read_config(checkpoint.find_folder(args.model, weights=False), **wiring)
+
+
+def random_model(config: ViCAConfig, device, dtype, seed: int = 0) -> ViCAForConditionalGeneration:
+    """Filled on the device itself: weights that keep the size of what passes through them."""
+    with torch.device("meta"):
+        model = ViCAForConditionalGeneration(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    fill_tables(model, device)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                weight.normal_(0, 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5)
+    return model
+
+
+class Models:
+    """One set of weights under every wiring, held once."""
+
+    def __init__(self, model: ViCAForConditionalGeneration, processor: ViCAProcessor | None):
+        self.accel, self.processor, self.config = model, processor, model.config
+        self.device, self.dtype = model.device, model.dtype
+        self._wired = {"accel": model}
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, wiring: dict) -> "Models":
+        device = check_device(args.device)
+        dtype = check_dtype(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        if args.model is not None:
+            return cls(*load(args.model, device=device, dtype=dtype, **wiring))
+        if not isinstance(dtype, torch.dtype):
+            raise ViCAError(f"dtype is {dtype!r}; random weights need float32, float16 or bfloat16")
+        config = read_config(args, wiring)
+        return cls(random_model(config, device, dtype), ViCAProcessor.from_config(config, build_tokenizer()))
+
+    @cached_property
+    def weights(self) -> dict[str, nn.Parameter]:
+        return dict(self.accel.named_parameters(remove_duplicate=False))
+
+    def wired(self, variant: str) -> ViCAForConditionalGeneration:
+        if variant not in self._wired:
+            config = ViCAConfig(**{**self.config.to_dict(), "variant": variant})
+            self._wired[variant] = share(ViCAForConditionalGeneration, config, self.weights, self.device)
+        return self._wired[variant]
+
+    @cached_property
+    def transformers(self) -> Transformers:
+        return Transformers(self.config, self.weights, self.device)
+
+    def engine(self, variant: str, **limits) -> Engine:
+        return Engine(self.wired(variant), self.processor, **limits)

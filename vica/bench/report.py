@@ -1,0 +1,101 @@
+"""What a measurement says: tables to read, and one JSON object with all raw figures and where they come from."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+
+# Every column that a table or a plot may have: its name on the command line and in the JSON, and its title.
+COLUMNS = {
+    "transformers": "transformers LLaVA, SDPA",
+    "static": "  the same, static cache, compiled",
+    "batched": "  the same, best batch",
+    "text": "transformers, text only",
+    "mask": "ours, mask, plain model",
+    "dense": "ours, dense, engine",
+    "accel": "ours, accel, plain model",
+    "nothing": "ours, accel, engine, nothing kept",
+    "prefix": "ours, accel, engine, prefix kept",
+    "image": "ours, accel, engine, prefix and image kept",
+}
+OWN = ("mask", "dense", "accel", "nothing", "prefix", "image")
+
+
+@dataclass
+class Report:
+    sections: list[str]  # in print
+    figures: dict  # raw, JSON's types only
+    failures: list[str] = field(default_factory=list)
+
+
+def table(rows: list[tuple]) -> str:
+    """The first row is the heading; the first column is words, the others are figures."""
+    rows = [tuple(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    )
+
+
+def origin(commit: str | None) -> dict:
+    """A figure never travels alone."""
+    cuda = torch.cuda.is_available()
+    return {
+        "hardware": torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(["vica", *sys.argv[1:]]),
+        "commit": commit or git_commit() or "unknown",
+    }
+
+
+def git_commit() -> str:
+    """Of the checkout that this file lies in, if it is one."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
+
+
+def heading(about: dict, what: dict) -> str:
+    cuda = f" (CUDA {about['cuda']})" if about["cuda"] else ""
+    return (
+        f"{title(about, what)}\ntorch {about['torch']}{cuda}, transformers {about['transformers']}, "
+        f"Python {about['python']}, commit {about['commit']}: {about['command']}"
+    )
+
+
+def title(about: dict, what: dict) -> str:
+    weights = "random weights, " if what["random_weights"] else ""
+    dtype = f"{what['dtype']}, " if what["dtype"] else ""
+    prefix = {True: "frozen", False: "not frozen"}.get(
+        what["freeze_prefix"], f"frozen from layer {what['freeze_prefix']}"
+    )
+    return f"{what['model']}, {weights}{dtype}T2V layers {what['t2v_layers']}, prefix {prefix}; {about['hardware']}"
+
+
+def as_json(about: dict, figures: dict) -> str:
+    return json.dumps({**about, **figures}, allow_nan=False)
+
+
+def own_failures(cells: list[dict]) -> list[str]:
+    """Of our own columns: bugs, where a peer's failure and a full card are findings."""
+    bugs = [c for c in cells if c["column"] in OWN and c["failure"] not in (None, "out of memory")]
+    return [f"{c['column']}: {c['failure']}" for c in bugs]
+
+
+def ratio(value: float | None, by: float | None) -> str:
+    return f"{by / value:.1f}x" if value and by else ""
