@@ -124,13 +124,16 @@ def test_mixes(mix, variant, rule):
     assert_idle(engine)
 
 
-def test_images_of_more_than_a_chunk():
-    """Keys of an image, and rows that see it, are cut into pieces; each piece counts."""
+@pytest.mark.parametrize("blocks", [1, 16, 200])
+def test_images_of_more_than_a_chunk(blocks):
+    """Keys of an image, and rows that see it, are cut into as many pieces as a device wants; each piece counts."""
     model = wired(layers=[0, 1, 2, 3])
     large = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (63, 64, 65, 200)]
     asked = [Request([*words(0, 3), IMAGE, *words(1, 2 + 40 * n)], [x], 4) for n, x in enumerate(large)]
-    asked += [Request([*words(0, 3), IMAGE, *words(n, 3)], [large[3]], 4) for n in range(70)]
+    asked += [Request([*words(0, 3), IMAGE, *words(n, 3)], [large[3]], 2) for n in range(70)]
+    asked += [Request([*words(2, 270), IMAGE, *words(3, 5)], [large[2]], 4), Request(words(4, 300), [], 4)]
     engine = small_engine(model, max_batch=80, kv_bytes=2**22)
+    engine.runner.blocks_wanted = blocks
     assert_answers(model, asked, engine.generate(asked))
 
 

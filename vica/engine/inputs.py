@@ -48,7 +48,9 @@ class Inputs:
 
     def __init__(self, config, processor: ViCAProcessor | None, visual_tokens: int, known):
         self.config, self.processor, self.visual_tokens, self.known = config, processor, visual_tokens, known
-        self.plan = config.plan
+        # transformers' configs are slow to ask
+        self.plan, self.image_token = config.plan, config.image_token_index
+        self.vocabulary, self.width = config.text_config.vocab_size, config.text_config.hidden_size
         self.lock = threading.Lock()
         self.image_lock = threading.Lock()
         self.decoding = [threading.Lock() for _ in range(64)]
@@ -58,7 +60,7 @@ class Inputs:
     def prepare(self, request: Request) -> Prepared:
         request.check()
         ids, sources = self._tokenize(request)
-        placeholders = ids.count(self.config.image_token_index)
+        placeholders = ids.count(self.image_token)
         if placeholders != len(sources):
             raise ViCAError(
                 f"the prompt has {placeholders} places for images, but {len(sources)} were given; a text prompt marks "
@@ -69,8 +71,7 @@ class Inputs:
         if request.stops and self.processor is None:
             raise ViCAError("the engine has no processor: it cannot look for stop strings")
         images, sources = zip(*map(self._image, sources)) if sources else ((), ())
-        vocabulary = self.config.text_config.vocab_size
-        layout = lay_out(ids, [x.size for x in images], self.config.image_token_index, self.plan, vocabulary)
+        layout = lay_out(ids, [x.size for x in images], self.image_token, self.plan, self.vocabulary)
         if (
             not images
             and ids[: len(self.template_prefix)] == self.template_prefix
@@ -84,8 +85,12 @@ class Inputs:
 
     def _tokenize(self, request: Request) -> tuple[list[int], list]:
         prompt, images = request.prompt, list(request.images)
-        if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, (int, np.integer)) for x in prompt):
-            return [int(x) for x in prompt], images
+        if (
+            isinstance(prompt, (list, tuple))
+            and prompt
+            and all(issubclass(x, (int, np.integer)) for x in {*map(type, prompt)})
+        ):
+            return [*map(int, prompt)], images
         if isinstance(prompt, (list, tuple)) and not prompt:
             raise ViCAError("the prompt is empty")
         if self.processor is None:
@@ -113,9 +118,8 @@ class Inputs:
     def _image(self, source) -> tuple[ImageInput, object]:
         """And what to load, which for URLs and open files is what was loaded to know them."""
         if isinstance(source, torch.Tensor) and source.dim() == 2:
-            width = self.config.text_config.hidden_size
-            if source.shape[1] != width or not len(source) or not source.is_floating_point():
-                raise ViCAError(f"image features are {list(source.shape)}; they must be floats [tokens, {width}]")
+            if source.shape[1] != self.width or not len(source) or not source.is_floating_point():
+                raise ViCAError(f"image features are {list(source.shape)}; they must be floats [tokens, {self.width}]")
             if not source.isfinite().all():
                 raise ViCAError("image features hold NaN or infinity")
             return self._shared(GIVEN + digest_tensor(source), len(source)), source

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
+from ..model.attention import sdpa_heads
 from ..model.llama import rotate
 from .step import ImageWork, Step
 
@@ -84,24 +85,41 @@ class TorchOps:
         """[N - frozen rows, H * D]. `image_layer` None: this layer's text sees no image."""
         images = step.images if image_layer is not None else None
         tiles, first = (step.tiles[step.frozen_tiles :], step.frozen_rows) if frozen else (step.tiles, 0)
-        if images is None and step.splits == 1:
-            return self.text_attention(q, pool, tiles, step)[0][0, first:].flatten(1).to(q.dtype)
-        partials = [self.text_attention(q, pool, tiles, step)]
-        if images is not None:
-            partials.append(self.image_attention(q, images, image_layer))
-        return self.merge(partials, images, q.dtype)[first:].flatten(1)
+        if images is None:
+            return self.plain_attention(q, pool, tiles, step)[first:].flatten(1)
+        text, image = self.text_attention(q, pool, tiles, step), self.image_attention(q, images, image_layer)
+        return merge(text, image, images.rows).to(q.dtype)[first:].flatten(1)
+
+    def plain_attention(self, q, pool, tiles, step: Step) -> torch.Tensor:
+        """Over text keys alone, by torch's own kernel: single rows of many lanes at once, else lane by lane."""
+        out = torch.zeros_like(q)
+        if step.block == 1:
+            stretches = [(tiles[:, 0], tiles[:, 2])]
+        else:  # tiles that go on where the one before ends
+            first, count, lane = tiles.unbind(1)
+            breaks = (first[1:] != first[:-1] + count[:-1]) | (lane[1:] != lane[:-1])
+            pieces = tiles.tensor_split(breaks.nonzero().flatten().cpu() + 1)
+            stretches = [(torch.arange(t[0, 0], t[-1, :2].sum()), t[:1, 2]) for t in pieces]
+        for rows, lanes in stretches:
+            limit = step.limit[rows].view(len(lanes), -1)  # [lanes, rows of each]
+            slots = step.table[lanes, : int(limit.max()) + 1]
+            mask = torch.arange(slots.shape[1], device=q.device) <= limit[..., None]
+            queries = q[rows].view(*limit.shape, *q.shape[1:]).transpose(1, 2)
+            k, v = pool[slots, 0].transpose(1, 2), pool[slots, 1].transpose(1, 2)
+            out[rows] = sdpa_heads(queries, k, v, mask[:, None]).transpose(1, 2).flatten(0, 1)
+        return out
 
     def text_attention(self, q, pool, tiles, step: Step):
-        """Partial results [splits, N, H, D] and their LSE [splits, N, H]."""
-        out = q.new_zeros(1, *q.shape, dtype=wide(q))
-        lse = out.new_full(out.shape[:3], float("-inf"))
+        """Partial results [N, H, D] and their LSE [N, H]."""
+        out = torch.zeros_like(q, dtype=wide(q))
+        lse = out.new_full(out.shape[:2], float("-inf"))
         block = torch.arange(int(tiles[:, 1].max()), device=q.device)
         rows = tiles[:, :1] + torch.minimum(block, tiles[:, 1:2] - 1)  # [T, M], the last one repeated
         limit = step.limit[rows]
         slots = step.table[tiles[:, 2], : int(limit.max()) + 1]
         mask = torch.arange(slots.shape[1], device=q.device) <= limit[..., None]
         got, got_lse = attend_heads(q[rows], pool[slots, 0], pool[slots, 1], self.shape.scale, mask)
-        out[0, rows.flatten()], lse[0, rows.flatten()] = got.flatten(0, 1), got_lse.flatten(0, 1)
+        out[rows.flatten()], lse[rows.flatten()] = got.flatten(0, 1), got_lse.flatten(0, 1)
         return out, lse
 
     def image_attention(self, q, images: ImageWork, layer: int):
@@ -116,18 +134,14 @@ class TorchOps:
             out[first : first + count], lse[first : first + count] = got[0], got_lse[0]
         return out, lse
 
-    def merge(self, partials, images: ImageWork | None, dtype):
-        """The rows' partial results weighed by exp(LSE)."""
-        (out, lse), *rest = partials
-        if not rest:
-            weight = (lse - lse.amax(0)).exp()
-            return ((weight[..., None] * out).sum(0) / weight.sum(0)[..., None]).to(dtype)
-        (more, more_lse), rows = rest[0], images.rows
-        top = lse.amax(0).scatter_reduce(0, rows[:, None].expand_as(more_lse), more_lse, "amax")
-        weight, more_weight = (lse - top).exp(), (more_lse - top[rows]).exp()
-        total = weight.sum(0).index_add(0, rows, more_weight)
-        mixed = (weight[..., None] * out).sum(0).index_add(0, rows, more_weight[..., None] * more)
-        return (mixed / total[..., None]).to(dtype)
+
+def merge(text, image, rows) -> torch.Tensor:
+    """Partial results weighed by exp(LSE): one of each row over its text, and those of `rows` over images."""
+    (out, lse), (more, more_lse) = text, image
+    top = lse.scatter_reduce(0, rows[:, None].expand_as(more_lse), more_lse, "amax")
+    weight, more_weight = (lse - top).exp(), (more_lse - top[rows]).exp()
+    total = weight.index_add(0, rows, more_weight)
+    return (weight[..., None] * out).index_add(0, rows, more_weight[..., None] * more) / total[..., None]
 
 
 def attend_heads(q, k, v, scale: float, mask=None) -> tuple[torch.Tensor, torch.Tensor]:

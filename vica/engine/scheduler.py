@@ -98,23 +98,24 @@ class Scheduler:
     def _choose(self) -> list[Sequence]:
         """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
         other as long as others run, and for a moment if none does."""
-        running = bool(self.active or self.in_flight)
         free = min(len(self.lanes), self.most_active - len(self.active))
-        wanted = min(len(self.waiting), max(1, self.most_active // 4))
-        if not wanted or (running and free < wanted):
-            return []
-        ready = [s for s in self.waiting if s.prepared.done()]
-        if running:
+        if self.active or self.in_flight:
+            wanted = min(len(self.waiting), max(1, self.most_active // 4))
+            if not wanted or free < wanted:
+                return []
+            ready = self._ready()
             patient = not ready or time.perf_counter() - ready[0].submitted < PATIENCE
             return [] if len(ready) < wanted and patient else ready[:free]
-        deadline = time.perf_counter() + PATIENCE
-        while len(ready) < wanted and (not ready or time.perf_counter() < deadline):
+        wanted, ready, deadline = min(len(self.waiting), free), self._ready(), None
+        while len(ready) < wanted and (deadline is None or time.perf_counter() < deadline):
             unready = [s.prepared for s in self.waiting if not s.prepared.done()]
             wait(unready, PATIENCE if ready else None, FIRST_COMPLETED)
-            if not ready:
-                deadline = time.perf_counter() + PATIENCE
-            ready = [s for s in self.waiting if s.prepared.done()]
+            ready = self._ready()
+            deadline = deadline or time.perf_counter() + PATIENCE
         return ready[:free]
+
+    def _ready(self) -> list[Sequence]:
+        return [s for s in self.waiting if s.prepared.done()]
 
     def _admit(self, chosen: list[Sequence]) -> None:
         entering, rows = [], 0
