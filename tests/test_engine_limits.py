@@ -23,7 +23,8 @@ from tests.engines import (
     watched,
     words,
 )  # fmt: skip
-from vica.engine import Request, runner
+from vica.engine import Engine, Request, runner
+from vica.toy.model import build
 
 GOOD = [[3, ("image", 1), 4], [5], [4, ("image", 0), ("image", 1), 2]]
 
@@ -442,3 +443,13 @@ def test_streams_go_on_after_memory_was_short(model, many_want):
         got.setdefault(request, []).append(int(token))
     assert [got[r] for r in requests] == many_want
     assert_idle(engine)
+
+
+def test_warming_up_leaves_nothing_behind():
+    engine = Engine(*build(), max_batch=2)
+    (before,) = engine.generate([Request.ask("What is it?", [picture(1)], max_new_tokens=3)])
+    held = set(engine.image_memory.entries)
+    assert engine.warm_up([1, 5], text=6) > 0
+    assert set(engine.image_memory.entries) == held and held
+    (after,) = engine.generate([Request.ask("What is it?", [picture(1)], max_new_tokens=3)])
+    assert after.tokens == before.tokens

@@ -140,13 +140,13 @@ def engine_cell(args: argparse.Namespace, models: Models, work: Workload, column
     timing, requests = Timing(), work.requests(count)
     with failures_noted(timing, models.device):
         engine = models.engine(variant, max_batch=args.max_batch, **options)
-        answer_all(engine, requests[: WARM_UP_BATCHES * engine.max_batch])  # compiles and captures
+        warm_up = requests[: WARM_UP_BATCHES * engine.max_batch]
+        timing.first_seconds, _ = timed(lambda: answer_all(engine, warm_up), models.device)  # compiles and captures
         for repeat in range(1, 1 + args.repeats):
             engine.image_memory.clear()
             for picture in work.pictures:  # not seen before, and yet not so new that it might still be written to
                 os.utime(picture, (repeat, repeat))
             timing.seconds.append(timed(lambda: answer_all(engine, requests), models.device)[0])
-        timing.first_seconds = engine.first_use_seconds
     engine = None
     gc.collect()  # its memory is the next one's
     if models.device.type == "cuda":

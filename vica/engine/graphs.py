@@ -1,7 +1,6 @@
 """CUDA graphs: a pass that has run once in a shape is captured, and replayed from then on without launch costs."""
 
 import math
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +15,6 @@ class Graphs:
         self.inputs: dict[tuple, StaticInputs] = {}
         self.graphs: dict[tuple, tuple] = {}
         self.pool = None
-        self.seconds = 0.0  # spent on first runs and captures
 
     def run(self, key: tuple, arrays: dict[str, np.ndarray], capacity: dict[str, int] | None, work: Callable):
         """`work` on the arrays as tensors. With a capacity for each array it is captured: it must then do the same for
@@ -24,30 +22,24 @@ class Graphs:
         The first run of a key is plain too, so that nothing is compiled or allocated for good within a capture."""
         if not self.enabled or capacity is None or any(len(x) > capacity[name] for name, x in arrays.items()):
             return work(to_device(arrays, self.device))
-        start = time.perf_counter()
         if key not in self.inputs:
             self.inputs[key] = StaticInputs(arrays, capacity, self.device)
-            out = work(self.inputs[key].hold(arrays))
-        elif key not in self.graphs:
-            out = self._capture(key, work, self.inputs[key].hold(arrays))
-        else:
-            graph, out = self.graphs[key]
-            self.inputs[key].hold(arrays)
-            graph.replay()
-            return out
-        self.seconds += time.perf_counter() - start
+            return work(self.inputs[key].hold(arrays))
+        tensors = self.inputs[key].hold(arrays)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(work, tensors)
+        graph, out = self.graphs[key]
+        graph.replay()
         return out
 
-    def _capture(self, key, work: Callable, tensors: dict[str, torch.Tensor]):
+    def _capture(self, work: Callable, tensors: dict[str, torch.Tensor]):
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out = work(tensors)
-        self.graphs[key] = graph, out
-        graph.replay()
-        return out
+        return graph, out
 
 
 class StaticInputs:

@@ -82,8 +82,9 @@ class ImageMemory:
         if self.keep and (key, start) not in self.entries and self._make_room(size):
             self._insert(Entry(key, start, size, tensor=tensor))
 
-    def clear(self) -> None:
-        for entry in [e for e in self.entries.values() if not e.users]:
+    def clear(self, names=None) -> None:
+        """Forgets what is in nobody's use: the entries of these names, (key, start), or all."""
+        for entry in [e for name, e in self.entries.items() if not e.users and (names is None or name in names)]:
             self._remove(entry)
 
     def _make_room(self, size: int) -> bool:
