@@ -6,6 +6,7 @@ import os
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +79,21 @@ def test_one_image_and_many_questions(seeing):
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+def test_pixels_go_when_there_are_features(variant):
+    """Also those of requests that found their image computed already."""
+    model, processor = seeing_model(variant=variant)
+    engine = counting(model, processor, max_batch=5)
+    requests = [Request.ask(q, [picture()], max_new_tokens=50, ignore_eos=True) for q in QUESTIONS]
+    for _ in engine.stream(requests):
+        if len(engine.scheduler.active) == 5:
+            images = [image for s in engine.scheduler.active for image in s.prepared.result().images]
+            assert all(image.pixels is None and image.features is None for image in images)
+            break
+    else:
+        raise AssertionError("never all at once")
+
+
 def test_other_places_need_no_tower(seeing):
     """K/V stand at a position; features do not."""
     engine = counting(*seeing)
@@ -122,6 +138,21 @@ def test_the_prefix_is_computed_once(seeing):
         ask(engine, *((q, images) for q in QUESTIONS[:3]))
         held = [h for some in rows for _, h in some]
         assert held[0] == 0 and len(set(held[1:])) == 1 and held[1] > 20
+    assert len(engine.runner.pool.prefixes) == 2
+
+
+@pytest.mark.parametrize("variant, rule", [("accel", True), ("accel", 1), ("dense", True)])
+def test_a_prefix_before_an_image_is_not_one_before_words(variant, rule):
+    """It is frozen, where text alone is plain Llama: rows of the same tokens, but other K/V."""
+    model, processor = seeing_model(variant=variant, freeze_prefix=rule)
+    engine = counting(model, processor)
+    blind, seeing = Request.ask("Yes?", max_new_tokens=6), [*engine.inputs.template_prefix, -200, 300, 301]
+    for _ in range(2):
+        one, other = engine.generate([blind, Request(seeing, [picture()], 6)])
+        assert one.tokens == answer(model, processor.ask("Yes?"), 6)
+        pixels = torch.from_numpy(np.stack(processor.process_images([picture()])))
+        inputs = dict(input_ids=torch.tensor([seeing]), attention_mask=torch.ones(1, len(seeing)), pixel_values=pixels)
+        assert other.tokens == answer(model, inputs, 6)
     assert len(engine.runner.pool.prefixes) == 2
 
 

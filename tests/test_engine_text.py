@@ -222,12 +222,13 @@ def test_cancelled(endless, want):
 @pytest.mark.parametrize("after", [1, 2, 7, 30])
 @pytest.mark.parametrize("how", ["break", "close", "raise", "source", "delete"])
 def test_a_stream_that_is_left(endless, want, how, after):
-    engine, requests = watched(small_engine(endless, max_batch=3)), asked()
+    engine, requests, taken = watched(small_engine(endless, max_batch=3)), asked(), []
 
     def source():
         for n, request in enumerate(requests):
             if how == "source" and n == after:
                 raise RuntimeError("left")
+            taken.append(request)
             yield request
 
     stream = engine.stream(source())
@@ -248,9 +249,10 @@ def test_a_stream_that_is_left(endless, want, how, after):
     del stream
     gc.collect()
     for request, all_tokens in zip(requests, want):
-        if request.result is not None:
+        assert (request.result is not None) == (request in taken)
+        if request in taken:
             assert request.result.tokens == all_tokens[: len(request.result.tokens)]
-            assert request.result.finish_reason in ("cancelled", "length")
+            assert request.result.finish_reason == ("length" if request.result.tokens == all_tokens else "cancelled")
     assert_idle(engine)
     assert_good_as_new(engine, want)
 

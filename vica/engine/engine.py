@@ -134,6 +134,8 @@ class Engine:
             for sequence in places:
                 sequence.cancelled = True
             scheduler.drop_cancelled()
+            for sequence, _, result in sink:
+                sequence.request.result = result or sequence.request.result
 
     def _submit(self, request: Request, sink: deque, streaming: bool) -> Sequence:
         if not isinstance(request, Request):

@@ -240,6 +240,8 @@ class Scheduler:
             entry.tensor = tensor
         for sequence in entering:
             sequence.row.images = [entry.tensor for entry in sequence.entries]
+            for image in sequence.prepared.result().images:  # large, and of no more use
+                image.pixels = image.features = None
         self.memory.misses += len(new)
         self.memory.hits += sum(len(s.entries) for s in entering) - len(new)
 
@@ -249,10 +251,9 @@ class Scheduler:
         pixels = {key: image.pixels for key, image in images.items() if key not in found}
         if pixels:
             found |= dict(zip(pixels, self.runner.encode(np.stack(list(pixels.values())))))
-        for key, image in images.items():
-            image.pixels = image.features = None
-            if self.runner.images_are_kv:
-                self.memory.offer(key, FEATURES, found[key])
+        if self.runner.images_are_kv:
+            for key, features in found.items():
+                self.memory.offer(key, FEATURES, features)
         return found
 
     # --- running ---
