@@ -75,7 +75,8 @@ def race(makers: dict[str, Callable[[], Job]], repeats: int, device: torch.devic
 def run_once(job: Job, timing: Timing, turn: int, device: torch.device) -> None:
     given = job.setup()
     seconds, tokens = timed(lambda: job.work(given), device)
-    timing.tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else None
+    chosen = isinstance(tokens, torch.Tensor) and tokens.dim() == 1  # else it is a tower's features
+    timing.tokens = tokens.tolist() if chosen else None
     if turn == 0:
         timing.first_seconds = seconds
     elif turn >= WARM_UPS[device.type]:
