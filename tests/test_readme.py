@@ -64,11 +64,15 @@ def test_quickstart():
     assert any(re.match(r"largest logit difference\s+-\s+\d\.\de-0[5-9]\s", line) for line in lines)
 
 
-def test_python_example(folder):
-    (code,) = [body for kind, body in BLOCKS if kind == "python"]
-    code = code.replace('"MODEL"', repr(str(folder / "MODEL"))).replace("max_new_tokens=64", "max_new_tokens=3")
+def test_python_examples(folder):
+    """In one go: the later ones go on with what the first has loaded."""
+    code = "\n".join(body for kind, body in BLOCKS if kind == "python")
+    for name in ("MODEL", "pictures.safetensors"):
+        code = code.replace(f'"{name}"', repr(str(folder / name)))
+    code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=3", code)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+    assert (folder / "pictures.safetensors").stat().st_size > 0 and done.stdout.count("length") == 2
 
 
 def test_paths_exist():
@@ -85,5 +89,10 @@ def test_paths_exist():
 
 
 def test_the_map_names_every_file():
-    files = [p for d in ("model", "data", "bench") for p in (ROOT / "vica" / d).glob("*.py") if p.name != "__init__.py"]
+    files = [
+        p
+        for d in ("model", "data", "engine", "bench")
+        for p in (ROOT / "vica" / d).glob("*.py")
+        if p.name != "__init__.py"
+    ]
     assert not [p.name for p in files if p.name not in MAP]
