@@ -3,7 +3,8 @@
 import argparse
 
 from ..model.config import ViCAConfig
-from .flops import dense, prefill_flops, visual_flops, visual_tokens
+from ..model.sizes import visual_tokens
+from .flops import dense, prefill_flops, visual_flops
 from .report import Report, table
 
 DEFAULTS = {"cuda": {}, "cpu": {}}

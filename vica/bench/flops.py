@@ -1,4 +1,4 @@
-"""What a layout costs, counted from the config: multiply-adds times two, and bytes of cache."""
+"""What a layout costs, counted from the config: multiply-adds times two."""
 
 from dataclasses import dataclass
 
@@ -87,20 +87,3 @@ def prefill_flops(
 
 def dense(config: ViCAConfig) -> ViCAConfig:
     return ViCAConfig(**{**config.to_dict(), "variant": "dense"})
-
-
-def kv_bytes(config: ViCAConfig, bytes_each: int = 2) -> tuple[int, int]:
-    """Cache bytes of (a visual token, a text token) over all layers."""
-    text = config.text_config
-    entry = 2 * text.num_key_value_heads * text.head_dim * bytes_each
-    holding = sum(p.text_sees_visual for p in config.plan)
-    return entry * holding, entry * text.num_hidden_layers
-
-
-def visual_tokens(config: ViCAConfig) -> int:
-    """Tokens of one image; 0 where the caller brings features and only they know."""
-    vision = config.vision_config
-    if vision is None:
-        return 0
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return patches + (config.mm_vision_select_feature == "cls_patch" and vision.model_type == "clip_vision_model")

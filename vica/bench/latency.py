@@ -4,9 +4,9 @@ import argparse
 
 import torch
 
+from ..model.sizes import kv_bytes, visual_tokens
 from .clock import Timing, copy_rate, product_rate, progress, race
 from .columns import Columns
-from .flops import kv_bytes, visual_tokens
 from .inputs import Prompts, Shape
 from .latency_tables import PHASES, REFEREES, Setting, ceilings, phase_table
 from .models import Models

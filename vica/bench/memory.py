@@ -9,8 +9,8 @@ import torch
 from ..engine import Engine, Request
 from ..engine.memory import FEATURES
 from ..model.config import ViCAConfig
+from ..model.sizes import kv_bytes, visual_tokens
 from .clock import Timing, failures_noted, progress
-from .flops import kv_bytes, visual_tokens
 from .inputs import Prompts, Shape
 from .models import Models
 from .report import COLUMNS, Report, own_failures, ratio, table

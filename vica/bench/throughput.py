@@ -12,9 +12,9 @@ import torch
 
 from ..engine import Request
 from ..errors import ViCAError
+from ..model.sizes import visual_tokens
 from .clock import Timing, failures_noted, progress, timed
 from .drive import answer_all
-from .flops import visual_tokens
 from .inputs import Prompts, Shape, write_pictures
 from .models import Models
 from .report import COLUMNS, Report, own_failures, ratio, table

@@ -2,11 +2,12 @@
 
 import torch
 
-from ..bench.flops import dense, kv_bytes, visual_flops, visual_tokens
+from ..bench.flops import dense, visual_flops
 from ..errors import ViCAError
 from ..model import checkpoint
 from ..model.config import ViCAConfig
 from ..model.llava import ViCAForConditionalGeneration
+from ..model.sizes import kv_bytes, visual_tokens
 from . import common
 
 PREFIX = 35  # tokens before the image in LLaVA's v1 prompt

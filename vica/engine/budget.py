@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..bench.flops import kv_bytes as bytes_of_tokens
 from ..errors import ViCAError
+from ..model.sizes import kv_bytes as bytes_of_tokens
 
 CPU_BYTES = 2**30  # of text K/V, and of images, on a CPU
 RESERVE = 0.1  # of a card's memory for activations and captured graphs

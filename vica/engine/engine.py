@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..bench.flops import visual_tokens
 from ..errors import ViCAError
+from ..model.sizes import visual_tokens
 from .budget import Budget
 from .hashing import fingerprint
 from .inputs import Inputs

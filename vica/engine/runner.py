@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..bench.flops import visual_tokens
+from ..model.sizes import visual_tokens
 from .decoder import Decoder
 from .graphs import Graphs
 from .layout import VISUAL, Layout

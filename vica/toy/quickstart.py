@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..bench.flops import kv_bytes, visual_flops, visual_tokens
+from ..bench.flops import visual_flops
 from ..bench.report import table
 from ..data.images import load_image
 from ..errors import ViCAError
 from ..loading import load
+from ..model.sizes import kv_bytes, visual_tokens
 from .model import save
 
 PICTURE = Path(__file__).parents[2] / "playground" / "toy" / "picture.png"

@@ -1,0 +1,20 @@
+"""What an image and a token take, by the config alone."""
+
+from .config import ViCAConfig
+
+
+def kv_bytes(config: ViCAConfig, bytes_each: int = 2) -> tuple[int, int]:
+    """Cache bytes of (a visual token, a text token) over all layers."""
+    text = config.text_config
+    entry = 2 * text.num_key_value_heads * text.head_dim * bytes_each
+    holding = sum(p.text_sees_visual for p in config.plan)
+    return entry * holding, entry * text.num_hidden_layers
+
+
+def visual_tokens(config: ViCAConfig) -> int:
+    """Tokens of one image; 0 where the caller brings features and only they know."""
+    vision = config.vision_config
+    if vision is None:
+        return 0
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + (config.mm_vision_select_feature == "cls_patch" and vision.model_type == "clip_vision_model")
