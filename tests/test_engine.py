@@ -431,3 +431,15 @@ def test_mask_is_refused():
 def test_limits_that_are_none(options, complaint):
     with pytest.raises(ViCAError, match=complaint):
         Engine(tiny_model(), **options)
+
+
+def test_one_image_given_by_itself(tmp_path):
+    path = tmp_path / "one.png"
+    picture(3).save(path)
+    content = path.read_bytes()
+    for alone_image in (str(path), path, content, picture(3), np.asarray(picture(3)), features(1), io.BytesIO(content)):
+        for images in (alone_image, [alone_image], (alone_image,)):
+            asked = Request.ask("What?", images)
+            assert len(asked.images) == 1 and asked.images[0] is alone_image
+    assert Request.ask("What?").images == Request.ask("What?", None).images == []
+    assert len(Request.ask("What?", torch.zeros(3, 4, 32)).images) == 3

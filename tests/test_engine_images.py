@@ -346,11 +346,12 @@ def test_evicted_between_preparation_and_entry(variant, tmp_path):
 
 
 operations = st.lists(
-    st.tuples(st.sampled_from(["acquire", "release", "offer", "fill"]), st.integers(0, 5)), max_size=60
+    st.tuples(st.sampled_from(["acquire", "release", "offer", "fill"]), st.integers(0, 5)), min_size=25, max_size=60
 )
 
 
-@given(operations=operations, limit=st.integers(0, 100), keep=st.booleans())
+@settings(max_examples=60)
+@given(operations=operations, limit=st.sampled_from([0, 20, 50, 100, 200]), keep=st.booleans())
 def test_any_use_of_the_memory(operations, limit, keep):
     """Against the plain meaning: a list in order of use."""
     memory, held = ImageMemory(limit, torch.device("cpu"), dict, keep), []

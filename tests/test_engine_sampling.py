@@ -12,7 +12,7 @@ from tests.builders import tiny_model
 from tests.engines import alone, assert_idle, request_of, small_engine
 from vica.engine import Request, sampling
 
-WHERE = list(itertools.product([0.3, 1.0, 1.7], [0, 1, 5, 97, 500], [1e-12, 0.1, 0.5, 0.9, 0.999, 1.0]))
+WHERE = list(itertools.product([0.3, 1.0, 1.7], [0, 1, 5, 97, 500], [1e-60, 1e-12, 0.1, 0.5, 0.9, 0.999, 1.0]))
 
 
 def settings_of(rows):
@@ -89,9 +89,9 @@ def test_frequencies(setting, varied):
 
 
 def test_steps_and_tokens_are_independent():
-    """A draw says nothing of the next one, nor of the one that the next seed gives."""
+    """A draw says nothing of the next one, nor of what the next seed draws then, before or after."""
     many = torch.arange(40_000)
-    for pair in (dict(seed=many, step=8), dict(seed=many + 1, step=7)):
+    for pair in (dict(seed=many, step=8), *(dict(seed=many + 1, step=step) for step in (6, 7, 8))):
         one, other = draw(torch.zeros(8), len(many), many, 7), draw(torch.zeros(8), len(many), **pair)
         counts = torch.bincount(8 * one + other, minlength=64).double()
         assert ((counts - 625) ** 2 / 625).sum() / 63 < 2

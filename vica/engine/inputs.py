@@ -19,7 +19,7 @@ from ..data.processor import ViCAProcessor
 from ..errors import ViCAError
 from .hashing import digest, digest_tensor
 from .layout import Layout, lay_out
-from .request import Request
+from .request import Request, as_list
 
 SETTLED = 2 * 10**9  # ns after a change from which on another would have another time, however coarse the clock
 GIVEN = "features-"  # what the keys of features begin with that the caller brings
@@ -84,7 +84,7 @@ class Inputs:
         return Prepared(layout, images, sources)
 
     def _tokenize(self, request: Request) -> tuple[list[int], list]:
-        prompt, images = request.prompt, list(request.images)
+        prompt, images = request.prompt, as_list(request.images)
         if (
             isinstance(prompt, (list, tuple))
             and prompt

@@ -148,7 +148,7 @@ class ImageMemory:
             if (key, int(start)) in self.entries:
                 loaded.add(key)
             elif self.bytes + size <= self.limit:
-                entry = self._insert(Entry(key, int(start), size, tensor=tensor.to(self.device)))
+                entry = self._insert(Entry(key, int(start), size, tensor=tensor.to(self.device, copy=True)))
                 self.entries.move_to_end((entry.key, entry.start), last=False)
                 loaded.add(key)
             else:

@@ -105,7 +105,7 @@ class TorchOps:
             slots = step.table[lanes, : int(limit.max()) + 1]
             mask = torch.arange(slots.shape[1], device=q.device) <= limit[..., None]
             queries = q[rows].view(*limit.shape, *q.shape[1:]).transpose(1, 2)
-            k, v = pool[slots, 0].transpose(1, 2), pool[slots, 1].transpose(1, 2)
+            k, v = (unseen_to_zero(pool[slots, i], mask).transpose(1, 2) for i in (0, 1))
             out[rows] = sdpa_heads(queries, k, v, mask[:, None]).transpose(1, 2).flatten(0, 1)
         return out
 
@@ -118,7 +118,8 @@ class TorchOps:
         limit = step.limit[rows]
         slots = step.table[tiles[:, 2], : int(limit.max()) + 1]
         mask = torch.arange(slots.shape[1], device=q.device) <= limit[..., None]
-        got, got_lse = attend_heads(q[rows], pool[slots, 0], pool[slots, 1], self.shape.scale, mask)
+        k, v = (unseen_to_zero(pool[slots, i], mask) for i in (0, 1))
+        got, got_lse = attend_heads(q[rows], k, v, self.shape.scale, mask)
         out[rows.flatten()], lse[rows.flatten()] = got.flatten(0, 1), got_lse.flatten(0, 1)
         return out, lse
 
@@ -133,6 +134,12 @@ class TorchOps:
             got, got_lse = attend_heads(q[rows][None], k, v, self.shape.scale)
             out[first : first + count], lse[first : first + count] = got[0], got_lse[0]
         return out, lse
+
+
+def unseen_to_zero(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Keys or values [T, K, G, D] that no row of `mask` [T, M, K] sees: slots that another request left, and its NaN
+    would pass a weight of zero."""
+    return x.masked_fill(~mask.any(1)[..., None, None], 0)
 
 
 def merge(text, image, rows) -> torch.Tensor:

@@ -1,7 +1,12 @@
 """What is asked of the engine, and what it answers."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
 
 from ..data.messages import shorten
 from ..errors import ViCAError
@@ -33,8 +38,9 @@ class Request:
     @classmethod
     def ask(cls, question: str, images=(), **options) -> "Request":
         """One question about some images, in the model's own template."""
+        images = as_list(images)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        return cls([{"role": "user", "content": content}], list(images), **options)
+        return cls([{"role": "user", "content": content}], images, **options)
 
     @property
     def stops(self) -> list[str]:
@@ -56,6 +62,14 @@ class Request:
         listed = self.stop is None or isinstance(self.stop, (str, list, tuple))
         if not listed or not all(isinstance(s, str) and s for s in self.stops):
             raise ViCAError(f"stop is {shorten(self.stop)}; it must be one or more non-empty strings")
+
+
+def as_list(images) -> list:
+    """One image given by itself is not the sequence that Python takes it for."""
+    alone = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray)) or hasattr(images, "read")
+    if alone or isinstance(images, torch.Tensor) and images.dim() == 2:
+        return [images]
+    return [] if images is None else list(images)
 
 
 class Token(int):
