@@ -604,3 +604,14 @@ def test_any_use_of_a_tight_memory(seeing, asked, images):
     for part in (pairs, pairs[::2], pairs[1::2]):
         ask(engine, *part, max_new_tokens=2)
     assert_sound(engine)
+
+
+def test_another_layer_of_the_tower_is_another_memory(tmp_path):
+    """The weights are the same, the features are not."""
+    model, processor = seeing_model()
+    engine = Engine(model, processor)
+    engine.generate([Request.ask("What?", [picture(1)], max_new_tokens=1)])
+    engine.image_memory.save(tmp_path / "memory")
+    model.config.mm_vision_select_layer = -1
+    with pytest.raises(ViCAError, match="other tower"):
+        Engine(model, processor).image_memory.load(tmp_path / "memory")

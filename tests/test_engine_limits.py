@@ -465,3 +465,24 @@ def test_warming_up_leaves_nothing_behind():
     assert set(engine.image_memory.entries) == held and held
     (after,) = engine.generate([Request.ask("What is it?", [picture(1)], max_new_tokens=3)])
     assert after.tokens == before.tokens
+
+
+def test_an_interrupt_while_requests_enter_loses_nothing(monkeypatch):
+    """The first has its lane already when the second's turn is interrupted."""
+    model = tiny_model()
+    engine = small_engine(model)
+    hold = engine.scheduler._hold
+
+    def interrupted(image, source):
+        if interrupted.turns == 1:
+            raise KeyboardInterrupt
+        interrupted.turns += 1
+        return hold(image, source)
+
+    interrupted.turns = 0
+    monkeypatch.setattr(engine.scheduler, "_hold", interrupted)
+    asked = [request_of([3, ("image", n), 4], max_new_tokens=3) for n in (1, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(asked)
+    assert [r.result.finish_reason for r in asked] == ["cancelled"] * 2
+    assert_idle(engine)

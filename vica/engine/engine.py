@@ -158,9 +158,14 @@ def warn_of_ignored(generation_config) -> None:
         log.warning("the engine does not apply %s of the checkpoint's generation_config", ", ".join(ignored))
 
 
+# What decides a tower's features beside its weights.
+OF_TOWER = ("model_type", "name", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+
+
 def binding(model, runner: Runner, processor) -> dict:
     """What kept K/V and features are made of: another value, and they mean nothing."""
-    text, layers = model.config.text_config, runner.decoder.image_layers
+    config, text, layers = model.config, model.config.text_config, runner.decoder.image_layers
+    tower = {name: getattr(config.vision_config, name, None) for name in OF_TOWER}
     vision = [p for n, p in model.named_parameters() if "vision_tower" in n or "mm_projector" in n]
     making_kv = [t for i in layers for t in runner.decoder.layers[i].makers_of_kv()]
     return {
@@ -168,5 +173,7 @@ def binding(model, runner: Runner, processor) -> dict:
         "weights": fingerprint([*vision, *making_kv]),
         "dtype": str(model.dtype),
         "rotary": [text.head_dim, text.rope_parameters],
+        "norm": text.rms_norm_eps,
+        "tower": [config.mm_vision_select_layer, config.mm_vision_select_feature, tower],
         "preprocessing": None if processor is None else processor.image_settings(),
     }

@@ -23,8 +23,10 @@ class Graphs:
         if not self.enabled or capacity is None or any(len(x) > capacity[name] for name, x in arrays.items()):
             return work(to_device(arrays, self.device))
         if key not in self.inputs:
-            self.inputs[key] = StaticInputs(arrays, capacity, self.device)
-            return work(self.inputs[key].hold(arrays))
+            inputs = StaticInputs(arrays, capacity, self.device)
+            out = work(inputs.hold(arrays))
+            self.inputs[key] = inputs  # not before: what failed plainly must not be captured next
+            return out
         tensors = self.inputs[key].hold(arrays)
         if key not in self.graphs:
             self.graphs[key] = self._capture(work, tensors)

@@ -154,7 +154,13 @@ class Inputs:
             if image.key.startswith(GIVEN):
                 image.features = source.detach().clone()
             else:
-                (image.pixels,) = self.processor.process_images([source])
+                (pixels,) = self.processor.process_images([source])
+                side = self.config.vision_config.image_size
+                if pixels.shape != (3, side, side):
+                    raise ViCAError(
+                        f"the processor made {list(pixels.shape)} of an image; the tower takes [3, {side}, {side}]"
+                    )
+                image.pixels = pixels
 
 
 def digest_file(path: str) -> str:

@@ -53,7 +53,7 @@ class CudaOps(TorchOps):
         if len(x) == 1 and bias is None and self._few(x, weight):
             return self._multiply_row(x, weight, out, gated=True)
         both = self.linear(x, weight, bias)
-        _gate[(triton.cdiv(size, 1024), len(x))](both, out, size, 1024, self.hopper, launch_pdl=self.hopper)
+        _gate[(len(x), triton.cdiv(size, 1024))](both, out, size, 1024, self.hopper, launch_pdl=self.hopper)
         return out
 
     def _few(self, x, weight) -> bool:
@@ -148,7 +148,8 @@ def _address(x: torch.Tensor) -> int:
     return x.data_ptr() // x.element_size()
 
 
-# Every kernel's first call, but for reading what no kernel shortly before it writes: weights, tables, a step's arrays.
+# The kernel before may still be running, those before it have finished, as each releases its successor only after its
+# own wait. So before this nothing is read that the kernel before writes, and nothing is written.
 @triton.jit
 def _wait(HOPPER: tl.constexpr):
     if HOPPER:
@@ -217,8 +218,8 @@ def _multiply_rows(
 @triton.jit
 def _gate(both, out, size, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
     _wait(HOPPER)
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both + row * 2 * size + n, n < size, 0.0).to(tl.float32)
     up = tl.load(both + row * 2 * size + size + n, n < size, 0.0).to(tl.float32)
     tl.store(out + row * size + n, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), n < size)

@@ -80,6 +80,7 @@ class Scheduler:
         self.in_flight: deque[tuple[torch.Tensor, object, list[Sequence]]] = deque()
         self.batch: Batch | None = None
         self.prefill_rows = PREFILL_ROWS
+        self.entered = 0.0  # when requests last entered
         self.most_active = max_batch
 
     @property
@@ -101,11 +102,11 @@ class Scheduler:
         free = min(len(self.lanes), self.most_active - len(self.active))
         if self.active or self.in_flight:
             wanted = min(len(self.waiting), max(1, self.most_active // 4))
-            if not wanted or free < wanted:
+            if not wanted or not free:
                 return []
             ready = self._ready()
-            patient = not ready or time.perf_counter() - ready[0].submitted < PATIENCE
-            return [] if len(ready) < wanted and patient else ready[:free]
+            patient = not ready or time.perf_counter() - max(ready[0].submitted, self.entered) < PATIENCE
+            return [] if min(len(ready), free) < wanted and patient else ready[:free]
         wanted, ready, deadline = min(len(self.waiting), free), self._ready(), None
         while len(ready) < wanted and (deadline is None or time.perf_counter() < deadline):
             unready = [s.prepared for s in self.waiting if not s.prepared.done()]
@@ -118,7 +119,17 @@ class Scheduler:
         return [s for s in self.waiting if s.prepared.done()]
 
     def _admit(self, chosen: list[Sequence]) -> None:
-        entering, rows = [], 0
+        entering: list[Sequence] = []
+        try:
+            self._take_each(chosen, entering)
+        except BaseException:  # an interrupt: those taken are in no other list
+            self._send_back(entering)
+            raise
+        if entering:
+            self._enter(entering)
+
+    def _take_each(self, chosen: list[Sequence], entering: list[Sequence]) -> None:
+        rows = 0
         for sequence in chosen:
             if (error := sequence.prepared.exception()) is not None:  # not raised here: it would hold its sequence
                 self._fail(sequence, error)
@@ -136,8 +147,6 @@ class Scheduler:
                 continue
             entering.append(sequence)
             rows += len(layout) - sequence.row.held
-        if entering:
-            self._enter(entering)
 
     def _take(self, sequence: Sequence, layout: Layout, prepared: Prepared) -> None:
         """Gives the sequence a lane, slots and its images' entries, or nothing at all."""
@@ -154,7 +163,7 @@ class Scheduler:
             self._give_back(sequence)
             raise
         if request.temperature > COLDEST:
-            sequence.row.sampling = (request.temperature, request.top_k, request.top_p, sequence.seed)
+            sequence.row.sampling = (request.temperature, min(request.top_k, 2**31), request.top_p, sequence.seed)
         sequence.row.lane = self.lanes.pop()
         sequence.launched, sequence.prompt_tokens = done, prepared.layout.total
         self.waiting.remove(sequence)
@@ -217,7 +226,7 @@ class Scheduler:
         except BaseException:
             self._send_back(entering)
             raise
-        now = time.perf_counter()
+        self.entered = now = time.perf_counter()
         for sequence in entering:
             sequence.admitted = sequence.admitted or now
             sequence.makes_prefix = False
@@ -344,6 +353,7 @@ class Scheduler:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)
+            sequence.prepared.cancel()
 
     def _text(self, sequence: Sequence) -> str:
         if not sequence.tokens or self.inputs.processor is None:
