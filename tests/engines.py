@@ -11,6 +11,8 @@ from vica.engine.scheduler import Sequence
 from vica.toy.model import VOCABULARY, build_tokenizer
 
 SIZES = (1, 3, 6, 10)  # visual tokens of the images in `features`
+QUESTIONS = ["What is this?", "Is there a star?", "How many?", "Which colour is the circle?", "Where?"]
+KV, FEATURE = 16 * 2 * 2 * 8 * 2 * 4, 16 * 32 * 4  # bytes of a picture's K/V and of its features
 
 
 def features(which: int) -> torch.Tensor:
@@ -107,3 +109,30 @@ def watched(engine: Engine, after=assert_sound) -> Engine:
 
     engine.scheduler.step = checked
     return engine
+
+
+def counting(model, processor, **options) -> Engine:
+    """`engine.seen` counts the pictures that the tower has seen, `engine.rows` the visual tokens that became K/V."""
+    engine = watched(small_engine(model, processor=processor, **options))
+    engine.seen, engine.rows = 0, 0
+    encode, image_kv = engine.runner.encode, engine.runner.image_kv
+
+    def counted_encode(pixels):
+        engine.seen += len(pixels)
+        return encode(pixels)
+
+    def counted_kv(images, starts):
+        engine.rows += sum(map(len, images))
+        return image_kv(images, starts) if images else []
+
+    engine.runner.encode, engine.runner.image_kv = counted_encode, counted_kv
+    return engine
+
+
+def ask(engine, *pairs, **options) -> None:
+    """Asks (question, images) pairs at once; each answer must be generate's."""
+    options = dict(max_new_tokens=3) | options
+    results = engine.generate([Request.ask(question, images, **options) for question, images in pairs])
+    for result, (question, images) in zip(results, pairs):
+        want = answer(engine.model, engine.processor.ask(question, images), options["max_new_tokens"])
+        assert result.error is None and result.tokens == want

@@ -19,7 +19,7 @@ class Prefix:
 
 class TextPool:
     def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype, device: torch.device):
-        make = torch.zeros if device.type == "cpu" else torch.empty  # masked keys must at least be finite on the CPU
+        make = torch.zeros if device.type == "cpu" else torch.empty  # a CPU's zeros take no memory until they are used
         self.kv = make(layers, slots + 1, 2, kv_heads, head_dim, dtype=dtype, device=device)
         self.kv[:, TRASH] = 0
         self.slots = slots

@@ -80,7 +80,8 @@ class Runner:
 
     def _fill_images(self, images, features, starts) -> None:
         arrays, rows, capacity = image_places(images, starts), torch.cat(features), None
-        if len(images) <= CAPTURED_IMAGES[-1] and all(len(x) == self.visual_tokens for x in features):
+        alike = all(len(x) == self.visual_tokens for x in features)
+        if self.graphs.enabled and alike and len(images) <= CAPTURED_IMAGES[-1]:
             capacity = {name: len(x) for name, x in arrays.items()}
             rows = self.image_rows.setdefault(len(images), torch.empty_like(rows)).copy_(rows)
         self.graphs.run(
