@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+from .transfer import to_device
+
 # torch 2.11's varlen_attn has no such argument.
 VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -34,16 +36,12 @@ class Runs:
 
     @cached_property
     def key_index(self) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(self.key_lists)).to(self.device)
+        return to_device(np.concatenate(self.key_lists), self.device)
 
     @cached_property
     def cumulative(self) -> tuple[torch.Tensor, torch.Tensor]:
-        starts = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=self.device) for x in self._lens]
-        return starts[0], starts[1]
-
-    @property
-    def _lens(self):
-        return self.q_lens, self.k_lens
+        starts = [np.array([0, *accumulate(x)], np.int32) for x in (self.q_lens, self.k_lens)]
+        return to_device(starts[0], self.device), to_device(starts[1], self.device)
 
     @cached_property
     def groups(self) -> list["Group"]:
@@ -67,15 +65,14 @@ class Group:
         keys = np.zeros((self.size, self.k_len), np.int64)
         for i, x in enumerate(key_lists):
             keys[i, : len(x)] = x
-        self.keys = torch.from_numpy(keys).to(device)
+        self.keys = to_device(keys, device)
         if not self.uniform:
-            q_lens_t, k_lens_t = torch.tensor(q_lens), torch.tensor(k_lens)
-            here = torch.arange(self.q_len)[None] < q_lens_t[:, None]
-            self.unpad = here.flatten().nonzero().squeeze(1).to(device)
-            self.pad = (here.flatten().cumsum(0) - 1).clamp(min=0).view(here.shape).to(device)
-            last_key = (k_lens_t - q_lens_t)[:, None] + torch.arange(self.q_len)[None]
-            last_key = torch.minimum(last_key, k_lens_t[:, None] - 1)  # padding rows: any keys but the holes
-            self.mask = (torch.arange(self.k_len) <= last_key[..., None])[:, None].to(device)
+            lens, k_lens = np.array(q_lens)[:, None], np.array(k_lens)[:, None]
+            here = np.arange(self.q_len)[None] < lens
+            self.unpad = to_device(np.flatnonzero(here), device)
+            self.pad = to_device(np.maximum(np.cumsum(here) - 1, 0).reshape(here.shape), device)
+            last_key = np.minimum(k_lens - lens + np.arange(self.q_len), k_lens - 1)  # padding rows: any but the holes
+            self.mask = to_device(np.arange(self.k_len) <= last_key[..., None], device)[:, None]
 
     def gather(self, q, k, v):
         q = q[self.rows]

@@ -15,7 +15,9 @@ from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
 from .plan import LayerPlan
 from .projector import build_projector
+from .sizes import visual_tokens
 from .tokens import Tokens, expand
+from .transfer import to_device
 from .vision import VisionTower
 
 FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
@@ -56,6 +58,17 @@ class ViCAModel(ViCAPreTrainedModel):
             raise ViCAError("this model has no vision tower (vision_config is None): give image_features instead")
         return self.mm_projector(self.vision_tower(pixel_values))
 
+    def encode_no_image(self) -> torch.Tensor:
+        """Features of no image, [0, tokens, width], for text-only batches in training: the projector's gradients are
+        zeros instead of missing. Where ranks share weights in pieces they must all gather the same ones in the same
+        order, so there the tower sees a blank picture, of which nothing is kept."""
+        weight, config = self.embed_tokens.weight, self.config
+        features = weight.new_zeros(0, visual_tokens(config), config.mm_hidden_size)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            side = config.vision_config.image_size
+            features = self.vision_tower(weight.new_zeros(1, 3, side, side))[:0]
+        return self.mm_projector(features)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -82,22 +95,25 @@ class ViCAModel(ViCAPreTrainedModel):
         self._check_vocabulary(ids, valid)
         if cache is not None:
             self._replay_prefixes(plan, tokens, cache)
-        visual = (
-            torch.cat(features) if features else self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
-        )
-        hidden = self._run(plan, tokens, input_ids, visual, cache, states)
+        if isinstance(image_features, torch.Tensor):  # also those of no image: they keep the projector in the graph
+            visual = image_features.flatten(0, 1)
+        else:
+            visual = torch.cat(features) if features else self._no_image()
+        hidden = self._run(plan, tokens, ids, visual, cache, states)
         if cache is not None:
             cache.enter(tokens, ids, valid)
         return self.norm(hidden), tokens
 
-    def _run(self, plan: list[LayerPlan], tokens: Tokens, input_ids, visual, cache, states=None) -> torch.Tensor:
+    def _run(self, plan: list[LayerPlan], tokens: Tokens, ids: np.ndarray, visual, cache, states=None) -> torch.Tensor:
         kernel = Kernel(self.kernel_name, self.config._attn_implementation)
         device = self.embed_tokens.weight.device
         flow = FLOWS[self.config.variant](Call(plan, tokens, cache, self.rotary, kernel, device))
-        at = text_columns(tokens, input_ids.device)
-        text = self.embed_tokens(input_ids.flatten()[at].to(device))
+        text = self.embed_tokens(to_device(ids.ravel()[tokens.text_columns], device))
         with sdpa_backends(device):
             return run_layers(self.layers, flow, text, visual.to(text), states)
+
+    def _no_image(self) -> torch.Tensor:
+        return self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
 
     def _placeholder(self, ids: np.ndarray, features: list, cache: ViCACache | None) -> int | None:
         """Where the placeholder is a word of the vocabulary, generate may utter it: a lone new token is text."""
@@ -135,15 +151,8 @@ class ViCAModel(ViCAPreTrainedModel):
         past.prefix[:] = True
         scratch = ViCACache(len(self.layers))
         scratch.open(len(rows), self.config.variant, plan)
-        ids = torch.from_numpy(cache.ids).to(self.embed_tokens.weight.device)
-        self._run(plan, past, ids, self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim), scratch)
+        self._run(plan, past, cache.ids, self._no_image(), scratch)
         cache.replace_rows(scratch, np.nonzero(rows)[0])
-
-
-def text_columns(tokens: Tokens, device) -> torch.Tensor:
-    """Where the text tokens stand in a flattened [B, T]."""
-    text = ~tokens.visual
-    return torch.from_numpy(tokens.row[text] * tokens.columns + tokens.column[text]).to(device)
 
 
 def new_columns(attention_mask: torch.Tensor | None, cache: ViCACache | None, shape: tuple[int, int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from .cache import ViCACache
 from .config import TextConfig
 from .plan import LayerPlan
 from .tokens import Tokens
+from .transfer import to_device
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., D]
 
@@ -40,7 +41,7 @@ class Call:
     device: torch.device
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return to_device(array, self.device)
 
 
 class Flow(Protocol):

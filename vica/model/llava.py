@@ -5,7 +5,6 @@ import logging
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -14,14 +13,15 @@ from ..errors import ViCAError
 from . import checkpoint
 from .cache import ViCACache
 from .config import ViCAConfig
-from .decoder import ViCAModel, ViCAPreTrainedModel, text_columns
+from .decoder import ViCAModel, ViCAPreTrainedModel
 from .generation import ViCAGeneration
+from .loss import mean_loss, scored_rows
 from .plan import parse_t2v_layers
 from .tokens import Tokens
+from .transfer import to_device
 
 log = logging.getLogger(__name__)
 
-IGNORE = -100
 # Arguments of transformers' models that would be lost without a word among forward's **kwargs.
 NOT_TAKEN = ("inputs_embeds", "position_ids", "output_attentions", "cache_position")
 
@@ -111,25 +111,35 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """`logits` is [B, T, vocab] row for row with `input_ids`, zero at placeholders and padding; with
-        `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands."""
+        `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands. `skip_logits`: only the
+        loss, from the rows that have a label, which is what training needs."""
         if refused := [k for k in NOT_TAKEN if kwargs.get(k) is not None and kwargs[k] is not False]:
             raise ViCAError(f"forward takes no {', '.join(refused)}")
         if pixel_values is not None and image_features is not None:
             raise ViCAError("give pixel_values or image_features, not both")
         if pixel_values is not None:
-            image_features = self.model.encode_images(pixel_values.to(self.device))
+            image_features = self.model.encode_images(pixel_values.to(self.device, non_blocking=True))
+        elif image_features is None and self.training and self.config.vision_config is not None:
+            image_features = self.model.encode_no_image()
         cache = self._cache_for(past_key_values, use_cache)
         states = [] if output_hidden_states else None
         hidden, tokens = self.model(input_ids, attention_mask, image_features, cache, states)
 
-        if logits_to_keep == 1:
+        loss = None
+        if labels is not None:
+            rows, targets = scored_rows(tokens, labels)
+            scored = self.lm_head(hidden[to_device(rows, hidden.device)])
+            loss = mean_loss(scored, to_device(targets, hidden.device), num_items_in_batch)
+        if skip_logits:
+            logits = None
+        elif logits_to_keep == 1:
             logits = self.lm_head(last_rows(hidden, tokens))
         else:
             logits = self.lm_head(unpack(hidden, tokens))[:, -logits_to_keep:]
-        loss = None if labels is None else self._loss(logits, labels, tokens, num_items_in_batch)
         if states is not None:
             states = tuple(unpack(x, tokens) for x in [*states, hidden])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
@@ -152,28 +162,14 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             )
         return cache
 
-    def _loss(self, logits, labels, tokens: Tokens, num_items) -> torch.Tensor:
-        """Next-token loss where both the row and its target are text: placeholders and padding carry none."""
-        if tuple(labels.shape) != (tokens.batch, tokens.columns):
-            raise ViCAError(
-                f"labels are {list(labels.shape)}; like input_ids they must be {[tokens.batch, tokens.columns]}"
-            )
-        is_text = torch.zeros(tokens.batch * tokens.columns, dtype=torch.bool, device=logits.device)
-        is_text[text_columns(tokens, logits.device)] = True
-        is_text = is_text.view(tokens.batch, tokens.columns)
-        targets = labels.to(logits.device)[:, 1:].masked_fill(~(is_text[:, 1:] & is_text[:, :-1]), IGNORE)
-        flat = logits[:, :-1].float().flatten(0, 1)
-        total = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        count = num_items if num_items is not None else (targets != IGNORE).sum().clamp(min=1)
-        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
-
 
 def unpack(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """Text rows to [B, T, width], zero where no text stands."""
     if len(hidden) == tokens.batch * tokens.columns:
         return hidden.view(tokens.batch, tokens.columns, -1)
     flat = hidden.new_zeros(tokens.batch * tokens.columns, hidden.shape[-1])
-    return flat.index_copy(0, text_columns(tokens, hidden.device), hidden).view(tokens.batch, tokens.columns, -1)
+    flat = flat.index_copy(0, to_device(tokens.text_columns, hidden.device), hidden)
+    return flat.view(tokens.batch, tokens.columns, -1)
 
 
 def last_rows(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -183,4 +179,4 @@ def last_rows(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     if len(dead):
         raise ViCAError(f"row {dead[0]} ends with an image (or is empty): the next token needs a text token to follow")
     rank = np.cumsum(~tokens.visual) - 1
-    return hidden[torch.from_numpy(rank[last]).to(hidden.device)].unsqueeze(1)
+    return hidden[to_device(rank[last], hidden.device)].unsqueeze(1)

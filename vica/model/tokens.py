@@ -9,6 +9,7 @@ Made once a call on the CPU (numpy), from ids, padding and image sizes alone; ev
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,6 +31,12 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @cached_property
+    def text_columns(self) -> np.ndarray:
+        """Where the text tokens stand in a flattened [B, T]: sorted, because columns are read in order."""
+        text = ~self.visual
+        return self.row[text] * self.columns + self.column[text]
 
     @property
     def source(self) -> np.ndarray:
