@@ -85,5 +85,15 @@ def prefill_flops(
     return PrefillFlops(linear, attention_flops(config, pairs))
 
 
+def sample_flops(config: ViCAConfig, text: int, visual: int, scored: int) -> int:
+    """One forward pass of a training sample through the decoder, its image taken to stand in front: `text` tokens,
+    `scored` of which have a label and so logits."""
+    layer, total = LayerFlops.of(config), 2 * scored * config.text_config.hidden_size * config.text_config.vocab_size
+    for plan in config.plan:
+        pairs = causal_pairs(text) + (text * visual if plan.text_sees_visual else 0)
+        total += text * layer.whole + attention_flops(config, pairs)
+    return total + visual_flops(config, visual)
+
+
 def dense(config: ViCAConfig) -> ViCAConfig:
     return ViCAConfig(**{**config.to_dict(), "variant": "dense"})

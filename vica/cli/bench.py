@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from ..bench import counted, latency, memory, models, plot, report, throughput
+from ..bench import counted, latency, memory, models, plot, report, throughput, training
 from ..errors import ViCAError
 from ..loading import check_device
 from . import common
 
-VERBS = {"latency": latency, "throughput": throughput, "memory": memory, "flops": counted}
-FROM_ZERO = ("prefix",)
+VERBS = {"latency": latency, "throughput": throughput, "memory": memory, "flops": counted, "train": training}
+FROM_ZERO = ("prefix", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb = verbs.add_parser(name, help=summary, description=summary, epilog=told(module.DEFAULTS))
         models.add_arguments(verb)
         group = verb.add_argument_group("what is measured")
-        group.add_argument("--prefix", type=int, default=35, help="tokens before the image (35, as in LLaVA's prompt)")
-        group.add_argument("--text", type=int, default=25, help="tokens after it (25)")
+        if module is not training:  # whose prompts are of many lengths
+            group.add_argument(
+                "--prefix", type=int, default=35, help="tokens before the image (35, as in LLaVA's prompt)"
+            )
+            group.add_argument("--text", type=int, default=25, help="tokens after it (25)")
         module.add_arguments(group)
         common.add_wiring(verb, variant="accel")
         output = verb.add_argument_group("output: tables, and a JSON object as the last line")

@@ -158,7 +158,7 @@ class ViCAProcessor(ProcessorMixin):
         side = padding_side or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ViCAError(f"padding_side is {side!r}; it must be left or right")
-        fill = self._pad_id()
+        fill = self.pad_id
         ids, mask = [], []
         for row in rows:
             missing = max(width - len(row), 0)
@@ -170,7 +170,8 @@ class ViCAProcessor(ProcessorMixin):
             raise ViCAError(f"texts of {lengths} tokens make no rectangular tensor with padding={padding!r}; use True")
         return {"input_ids": ids, "attention_mask": mask}
 
-    def _pad_id(self) -> int:
+    @property
+    def pad_id(self) -> int:
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in candidates if token is not None)
 

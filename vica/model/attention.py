@@ -34,9 +34,23 @@ class Runs:
         self.q_lens, self.k_lens = q_lens, [len(x) for x in key_lists]
         self.key_lists, self.parts, self.device = key_lists, parts, device
 
+    def pick(self, rows: torch.Tensor) -> torch.Tensor:
+        """The keys' rows of all runs, one run after another."""
+        if self.way_back is not None and len(self.way_back) == len(rows):
+            return Reorder.apply(rows, self.key_index, self.way_back)
+        return rows.index_select(0, self.key_index)
+
     @cached_property
     def key_index(self) -> torch.Tensor:
         return to_device(np.concatenate(self.key_lists), self.device)
+
+    @cached_property
+    def way_back(self) -> torch.Tensor | None:
+        """Where no two runs share a key, as with a frozen prefix, the index that undoes `key_index`."""
+        chosen = np.concatenate(self.key_lists)
+        back = np.argsort(chosen)
+        whole = (chosen[back] == np.arange(len(chosen))).all()
+        return to_device(back, self.device) if whole else None
 
     @cached_property
     def cumulative(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +66,19 @@ class Runs:
                 groups.append(Group(row, q_lens, self.key_lists[run : run + size], self.device))
                 run, row = run + size, row + sum(q_lens)
         return groups
+
+
+class Reorder(torch.autograd.Function):
+    """index_select by a permutation. Its gradient is another one, where torch would add up rows one by one."""
+
+    @staticmethod
+    def forward(ctx, rows, index, way_back):
+        ctx.save_for_backward(way_back)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class Group:
@@ -105,7 +132,7 @@ def eager(q, k, v, runs: Runs) -> torch.Tensor:
 
 def varlen(q, k, v, runs: Runs) -> torch.Tensor:
     """torch's variable-length flash kernel: no padding and no mask whatever the layout. Half precision on CUDA."""
-    k, v = k.index_select(0, runs.key_index), v.index_select(0, runs.key_index)
+    k, v = runs.pick(k), runs.pick(v)
     if k.shape[1] != q.shape[1] and not VARLEN_GQA:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # window (-1, 0) means causal, lower-right
@@ -116,7 +143,7 @@ def flash_attn(q, k, v, runs: Runs) -> torch.Tensor:
     """The flash-attn package, where installed."""
     from flash_attn import flash_attn_varlen_func
 
-    k, v = k.index_select(0, runs.key_index), v.index_select(0, runs.key_index)
+    k, v = runs.pick(k), runs.pick(v)
     return flash_attn_varlen_func(q, k, v, *runs.cumulative, max(runs.q_lens), max(runs.k_lens), causal=True)
 
 
@@ -149,8 +176,8 @@ class Kernel:
 
 
 def sdpa_backends(device: torch.device):
-    """For the time of a forward on CUDA: all of SDPA's kernels but cuDNN's, which plans anew for every length of keys
-    and so costs 2 ms of CPU time a layer in decoding."""
+    """On CUDA: all of SDPA's kernels but cuDNN's, which plans anew for every length of keys and so costs 2 ms of CPU
+    time a layer in decoding. Chosen call by call, so that a checkpoint's second pass chooses the same."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -161,7 +188,8 @@ def sdpa_backends(device: torch.device):
 
 def sdpa_heads(q, k, v, mask) -> torch.Tensor:
     k, v = repeat_heads(k, q), repeat_heads(v, q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with sdpa_backends(q.device):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def eager_heads(q, k, v, mask) -> torch.Tensor:

@@ -178,7 +178,10 @@ def is_zip(path: Path) -> bool:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All of a checkpoint's tensors under the names of this code base, harmless buffers left out."""
-    layout = layouts.layout_of(read_json(folder / "config.json"))
+    return read_tensors(folder, layouts.layout_of(read_json(folder / "config.json")))
+
+
+def read_tensors(folder: Path, layout: str) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         for key, tensor in read_file(path).items():
@@ -233,13 +236,18 @@ def read_checkpoint(model_class, folder: Path, config: ViCAConfig) -> dict[str, 
     return weights
 
 
-def load_projector(model, path: str | os.PathLike) -> None:
-    """Stage 1's `mm_projector.bin` (or a folder that holds it) into a model."""
+def read_projector(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Stage 1's `mm_projector.bin` (or that of a folder), under the names of this code base."""
     path = Path(path)
     path = path / PROJECTOR_FILE if path.is_dir() else path
     if not path.is_file():
         raise ViCAError(f"{path} is no file; stage 1 writes {PROJECTOR_FILE}")
-    given = {k.split("mm_projector.")[-1]: v for k, v in read_file(path).items() if "mm_projector." in k}
+    name = "mm_projector."
+    return {f"model.{name}{k.split(name)[-1]}": v for k, v in read_file(path).items() if name in k}
+
+
+def load_projector(model, path: str | os.PathLike) -> None:
+    given = {k.removeprefix("model.mm_projector."): v for k, v in read_projector(path).items()}
     wanted = {k: tuple(v.shape) for k, v in model.model.mm_projector.state_dict().items()}
     if {k: tuple(v.shape) for k, v in given.items()} != wanted:
         raise ViCAError(

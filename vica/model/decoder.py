@@ -4,16 +4,16 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..errors import ViCAError
-from .attention import Kernel, sdpa_backends
+from .attention import Kernel
 from .cache import ViCACache
 from .config import ViCAConfig
 from .llama import Block, Call, Rotary, run_layers
 from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
 from .plan import LayerPlan
+from .pointwise import RMSNorm
 from .projector import build_projector
 from .sizes import visual_tokens
 from .tokens import Tokens, expand
@@ -41,7 +41,7 @@ class ViCAModel(ViCAPreTrainedModel):
         text = config.text_config
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Block(text, i) for i in range(text.num_hidden_layers))
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary = Rotary(text)
         if config.vision_config is not None:
             self.vision_tower = VisionTower(
@@ -56,7 +56,12 @@ class ViCAModel(ViCAPreTrainedModel):
         """[N, 3, H, W] to projected features [N, tokens, width]: all that the language model sees of an image."""
         if not hasattr(self, "vision_tower"):
             raise ViCAError("this model has no vision tower (vision_config is None): give image_features instead")
-        return self.mm_projector(self.vision_tower(pixel_values))
+        learns = any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(
+            learns and torch.is_grad_enabled()
+        ):  # checkpointing makes its inputs want gradients
+            features = self.vision_tower(pixel_values)
+        return self.mm_projector(features)
 
     def encode_no_image(self) -> torch.Tensor:
         """Features of no image, [0, tokens, width], for text-only batches in training: the projector's gradients are
@@ -109,8 +114,7 @@ class ViCAModel(ViCAPreTrainedModel):
         device = self.embed_tokens.weight.device
         flow = FLOWS[self.config.variant](Call(plan, tokens, cache, self.rotary, kernel, device))
         text = self.embed_tokens(to_device(ids.ravel()[tokens.text_columns], device))
-        with sdpa_backends(device):
-            return run_layers(self.layers, flow, text, visual.to(text), states)
+        return run_layers(self.layers, flow, text, visual.to(text), states)
 
     def _no_image(self) -> torch.Tensor:
         return self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)

@@ -3,7 +3,8 @@
 A block's parameters and arithmetic are written here once. What a layer does with each token group is the business of
 a *flow* (llama_accel.py, llama_mask.py), which follows the plan:
 
-    hidden = flow.attend(block, hidden, frozen)      attention update, for the tokens the plan gives one
+    seen = flow.see(block, frozen)                   keys and values of tokens that are no hidden states (accel only)
+    hidden = flow.attend(block, hidden, *seen)       attention update, for the tokens the plan gives one
     hidden = hidden + mlp(norm(hidden))              FFN update
     hidden = flow.settle(block, hidden, frozen)      what must not have changed is put back (mask only)
 
@@ -16,17 +17,15 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import Kernel
 from .cache import ViCACache
 from .config import TextConfig
 from .plan import LayerPlan
+from .pointwise import MLP, RMSNorm, Rope, rotate
 from .tokens import Tokens
 from .transfer import to_device
-
-Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., D]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ class Flow(Protocol):
     def start(self, text: torch.Tensor, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the text and visual tokens in reading order, as (hidden, frozen)."""
 
-    def attend(self, block: "Block", hidden: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor: ...
+    def see(self, block: "Block", frozen: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+
+    def attend(self, block: "Block", hidden: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor: ...
 
     def settle(self, block: "Block", hidden: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor: ...
 
@@ -76,13 +77,6 @@ class Rotary:
         return cos.view(*positions.shape, cos.shape[-1]), sin.view(*positions.shape, sin.shape[-1])
 
 
-def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x: [..., H, D], whose dtype is kept: under autocast the tables are wider, and q and k must match v."""
-    cos, sin = (t.unsqueeze(-2) for t in rope)
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
-
-
 class Attention(nn.Module):
     """The four projections. Which rows meet is the flow's choice."""
 
@@ -103,18 +97,27 @@ class Attention(nn.Module):
         return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
 
-class Block(GradientCheckpointingLayer):
+class Block(nn.Module):
+    gradient_checkpointing = False  # transformers switches it on, and puts `_gradient_checkpointing_func` beside it
+
     def __init__(self, config: TextConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.self_attn = Attention(config)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: torch.Tensor, frozen: torch.Tensor, flow: Flow) -> torch.Tensor:
-        # `frozen` is a positional tensor, not part of the flow, so that checkpointing sees its gradient.
-        hidden = flow.attend(self, hidden, frozen)
+        # What frozen tokens are to this layer is made outside of the checkpoint: it takes little room, and would
+        # otherwise cost as much as the text does, once more.
+        seen = flow.see(self, frozen)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.update, hidden, frozen, flow, *seen)
+        return self.update(hidden, frozen, flow, *seen)
+
+    def update(self, hidden: torch.Tensor, frozen: torch.Tensor, flow: Flow, *seen: torch.Tensor) -> torch.Tensor:
+        hidden = flow.attend(self, hidden, *seen)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return flow.settle(self, hidden, frozen)
 

@@ -53,13 +53,17 @@ class AccelFlow:
         frozen = visual if len(self.frozen_tokens) else visual[:0]
         return torch.cat([text, visual])[self.call.tensor(self.tokens.source[self.packed])], frozen
 
-    def attend(self, block: Block, hidden, frozen):
+    def see(self, block: Block, frozen):
+        if not self.routes[self.call.plan[block.layer_idx]].reads_frozen:
+            return ()
+        return block.self_attn.keys_values(block.input_layernorm(frozen), self.frozen_rope)
+
+    def attend(self, block: Block, hidden, *seen):
         route = self.routes[self.call.plan[block.layer_idx]]
         attention, normed = block.self_attn, block.input_layernorm(hidden)
         k, v = attention.keys_values(normed, self.rope)
-        if route.reads_frozen:
-            frozen_k, frozen_v = attention.keys_values(block.input_layernorm(frozen), self.frozen_rope)
-            k, v = torch.cat([k, frozen_k]), torch.cat([v, frozen_v])
+        if seen:
+            k, v = (torch.cat(both) for both in zip((k, v), seen))
         first = route.first_query
         if first == len(hidden):  # every row is a frozen prefix: its K/V are kept, nothing is updated
             route.store(block.layer_idx, k, v)

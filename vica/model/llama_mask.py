@@ -51,7 +51,10 @@ class MaskFlow:
         hidden = torch.cat([text, visual])[self.call.tensor(at)]
         return hidden, hidden
 
-    def attend(self, block: Block, hidden, frozen):
+    def see(self, block: Block, frozen):
+        return ()
+
+    def attend(self, block: Block, hidden):
         plan = self.call.plan[block.layer_idx]
         attention, normed = block.self_attn, block.input_layernorm(hidden)
         q = attention.queries(normed, self.rope).transpose(1, 2)

@@ -1,0 +1,127 @@
+"""Training's flags: LLaVA's names, transformers' TrainingArguments, and the wiring."""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..errors import ViCAError
+from ..model.plan import VARIANTS
+from .stages import STAGES
+
+ABOUT = "Train stage 1 (the projector) or stage 2 (projector and language model) on LLaVA's data formats."
+
+
+def option(default, help: str, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = option(
+        None, "language model to start from (stage 1, or LLaVA-style stage 2), or a multimodal checkpoint"
+    )
+    version: str = option("v1", "conversation template: plain, v1, llama_2, mistral")
+    vision_tower: str = option("openai/clip-vit-large-patch14-336", "folder or repository of the tower")
+    mm_projector_type: str = option("mlp2x_gelu", "linear, mlp2x_gelu or identity")
+    mm_vision_select_layer: int = option(-2, "hidden state of the tower that is projected")
+    mm_vision_select_feature: str = option("patch", "patch or cls_patch")
+    pretrain_mm_mlp_adapter: str | None = option(None, "stage 1's mm_projector.bin, or the folder that holds it")
+    variant: str = option("accel", f"{', '.join(VARIANTS)}; accel and mask train the same function")
+    t2v_layers: str | None = option(None, 'JSON list such as "[0,1,7,8]"; goes before --config and T2V_LAYERS')
+    freeze_prefix: str | None = option(None, "true, false or the first layer that freezes the prefix")
+    config: str | None = option(None, "a file of configs/: layers and prefix rule of a published model")
+    mm_use_im_start_end: bool = option(False, "LLaVA's marks around images: only False is supported")
+    mm_use_im_patch_token: bool = option(False, "LLaVA's patch token: only False is supported")
+    mm_patch_merge_type: str = option("flat", "only flat is supported")
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] = field(
+        default_factory=list, metadata={"help": "LLaVA's JSON, JSONL, parquet, or a Hugging Face dataset; several mix"}
+    )
+    image_folder: str | None = option(None, "where the samples' image paths begin")
+    image_aspect_ratio: str = option("pad", "pad, resize or crop (LLaVA's square)")
+    streaming: bool = option(False, "read samples as they come, without an index; needs --max_steps")
+    max_broken_share: float = option(0.01, "training stops above this share of unreadable or malformed samples")
+    lazy_preprocess: bool = option(True, "LLaVA's flag; samples are always read when they are needed")
+    is_multimodal: bool = option(True, "LLaVA's flag; samples with and without images always mix")
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    stage: str | None = option(None, f"what trains: {', '.join(STAGES)}", choices=list(STAGES))
+    tune_mm_mlp_adapter: bool = option(False, "LLaVA's word for --stage pretrain")
+    freeze_backbone: bool = option(False, "in stage finetune the language model stays as it is")
+    freeze_mm_mlp_adapter: bool = option(False, "in stage finetune the projector stays as it is")
+    unfreeze_mm_vision_tower: bool = option(False, "in stage finetune the tower learns too")
+    mm_projector_lr: float | None = option(None, "the projector's own learning rate")
+    model_max_length: int = option(2048, "tokens of a sample, its images counted as one each; what is beyond is cut")
+    group_by_modality_length: bool = option(False, "batches of like lengths, of samples with or without images")
+    group_by_length: bool = option(False, "batches of like lengths")
+    lora_enable: bool = option(False, "train adapters instead of the language model")
+    lora_r: int = option(64, "rank of the adapters")
+    lora_alpha: int = option(16, "their scale")
+    lora_dropout: float = option(0.05, "their dropout")
+    lora_bias: str = option("none", "none, all or lora_only", choices=["none", "all", "lora_only"])
+    bits: int = option(16, "4 or 8 load the frozen language model quantised (bitsandbytes)", choices=[4, 8, 16])
+    double_quant: bool = option(True, "quantise the quantisation constants too")
+    quant_type: str = option("nf4", "nf4 or fp4", choices=["nf4", "fp4"])
+    cache_dir: str | None = option(None, "where the hub's files are kept")
+    peak_tflops: float | None = option(None, "of one device, for its share in use; known for common ones")
+
+    # transformers' own, with other defaults or LLaVA's spelling
+    output_dir: str | None = option(None, "checkpoints, report and plot go here")
+    eval_strategy: str = option("no", "there is no evaluation while training", aliases=["--evaluation_strategy"])
+    logging_steps: float = option(1, "steps between lines of the log")
+    logging_nan_inf_filter: bool = option(False, "a loss that is no number stops the run, it is never smoothed over")
+    save_total_limit: int | None = option(1, "checkpoints that are kept")
+    dataloader_num_workers: int = option(4, "processes that read samples")
+    lr_scheduler_type: str = option("cosine", "see transformers")
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises, where --warmup_steps says nothing")
+    weight_decay: float = option(0.0, "see transformers")
+    remove_unused_columns: bool = option(False, "samples are no table: always False")
+
+    def __post_init__(self):
+        self.settle_stage()
+        self.remove_unused_columns = False  # the collator's columns are not all the model's
+        self.warmup_steps = self.warmup_steps or self.warmup_ratio  # one name for both since transformers 5
+        rename_checkpointing(self)
+        super().__post_init__()
+
+    def settle_stage(self) -> None:
+        if self.stage is None:
+            self.stage = "pretrain" if self.tune_mm_mlp_adapter else "finetune"
+        elif self.tune_mm_mlp_adapter and self.stage != "pretrain":
+            raise ViCAError(f"--tune_mm_mlp_adapter True means --stage pretrain, not {self.stage!r}")
+
+
+def rename_checkpointing(args: TrainingArguments) -> None:
+    """transformers 5.23 warns of the name that is the only one in 5.17."""
+    kwargs = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+    if hasattr(args, "activation_checkpointing"):
+        args.activation_checkpointing = args.activation_checkpointing or bool(args.gradient_checkpointing)
+        args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or kwargs
+        args.gradient_checkpointing = args.gradient_checkpointing_kwargs = None
+    else:
+        args.gradient_checkpointing_kwargs = kwargs
+
+
+UNSUPPORTED = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
+
+
+def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainArguments]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), prog="vica train", description=ABOUT)
+    try:
+        model, data, train = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own complaints
+        raise ViCAError(" ".join(str(error).split())) from error
+    for name, supported in UNSUPPORTED.items():
+        if getattr(model, name) != supported:
+            raise ViCAError(f"--{name} is {getattr(model, name)!r}; only {supported!r} is supported")
+    for name, value in (
+        ("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path), ("output_dir", train.output_dir)
+    ):  # fmt: skip
+        if not value:
+            raise ViCAError(f"--{name} is missing")
+    return model, data, train

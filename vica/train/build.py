@@ -1,0 +1,114 @@
+"""The model and processor that training starts from."""
+
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..cli.common import prefix_rule
+from ..data.conversation import get_template
+from ..data.processor import ViCAProcessor
+from ..data.tokenizer import load_tokenizer
+from ..errors import ViCAError
+from ..loading import load_processor
+from ..model import checkpoint
+from ..model.config import ViCAConfig
+from ..model.llava import ViCAForConditionalGeneration
+from ..model.projector import build_projector
+
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+
+
+def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
+    hub = {"cache_dir": train_args.cache_dir} if train_args.cache_dir else {}
+    folder = checkpoint.find_folder(model_args.model_name_or_path, **hub)
+    raw = checkpoint.read_json(folder / "config.json")
+    fresh = raw.get("model_type") in LANGUAGE_MODELS
+    config = checkpoint.apply_settings(
+        new_config(raw, model_args) if fresh else ViCAConfig.from_dict(raw),
+        variant=model_args.variant,
+        t2v_layers=model_args.t2v_layers,
+        freeze_prefix=prefix_rule(model_args.freeze_prefix),
+        recipe=model_args.config,
+    )
+    config.conversation = get_template(model_args.version).name
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    config.text_config.use_cache = True
+    if config.vision_config is None:
+        raise ViCAError(f"{folder} has no vision tower and --vision_tower names none")
+
+    set_seed(train_args.seed)  # of a new projector, and of adapters
+    weights = base_weights(folder, config) if fresh else read_weights(folder, config)
+    if model_args.pretrain_mm_mlp_adapter:
+        weights |= checkpoint.read_projector(model_args.pretrain_mm_mlp_adapter)
+    checkpoint.check_weights(ViCAForConditionalGeneration, config, weights, folder)
+    model = ViCAForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=loading_dtype(train_args), **quantisation(train_args)
+    )
+    model.config.name_or_path = str(model_args.model_name_or_path)
+    processor = (
+        ViCAProcessor.from_config(config, load_tokenizer(folder, **hub)) if fresh else load_processor(folder, config)
+    )
+    if processor is None:
+        raise ViCAError(f"{folder} holds no tokenizer")
+    return model, processor
+
+
+def new_config(raw: dict, args) -> ViCAConfig:
+    return ViCAConfig(
+        text_config=raw,
+        mm_vision_tower=args.vision_tower,
+        mm_projector_type=args.mm_projector_type,
+        mm_vision_select_layer=args.mm_vision_select_layer,
+        mm_vision_select_feature=args.mm_vision_select_feature,
+    )
+
+
+def base_weights(folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+    """A language model's weights, its tower's beside them, and a new projector."""
+    projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.text_config.hidden_size)
+    new = {f"model.mm_projector.{name}": tensor for name, tensor in projector.state_dict().items()}
+    return checkpoint.read_tensors(folder, layout="llava") | checkpoint.read_tower(config.mm_vision_tower) | new
+
+
+def read_weights(folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+    return checkpoint.read_checkpoint(ViCAForConditionalGeneration, folder, config)
+
+
+def loading_dtype(args) -> torch.dtype:
+    """Half precision for what stays frozen; what learns is widened later (`widen`), but where DeepSpeed keeps its own
+    wide copy. FSDP wants one type for all."""
+    if args.fsdp:
+        return torch.float32
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def widen(model, args) -> None:
+    """Steps of a small learning rate are lost in half precision: what learns is kept in float32."""
+    if args.hf_deepspeed_config is None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def quantisation(args) -> dict:
+    if args.bits == 16:
+        return {}
+    if is_deepspeed_zero3_enabled():
+        raise ViCAError(f"--bits {args.bits} does not go with ZeRO-3, which shards plain weights only")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ViCAError(f"--bits {args.bits} needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=args.bits == 4,
+        load_in_8bit=args.bits == 8,
+        llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
+        bnb_4bit_compute_dtype=loading_dtype(args),
+        bnb_4bit_use_double_quant=args.double_quant,
+        bnb_4bit_quant_type=args.quant_type,
+    )
+    return {"quantization_config": config, "device_map": {"": args.device}}

@@ -1,0 +1,64 @@
+"""How fast training goes: samples, tokens and FLOPs a second, counted from the batches as they pass."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from ..bench.flops import sample_flops
+from ..model.config import ViCAConfig
+from ..model.sizes import visual_tokens
+from .stages import Trained
+
+# Dense half-precision peaks by a part of the device's name, TFLOP/s, as their maker states them.
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
+
+
+def peak_flops(given_tflops: float | None, device: torch.device) -> float | None:
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tflops * 1e12 for part, tflops in PEAKS.items() if part in name), None)
+
+
+@dataclass
+class Meter:
+    """Counts of this process since the last reading. FLOPs are the model's own: what checkpointing computes a second
+    time is not counted."""
+
+    config: ViCAConfig
+    trained: Trained
+    peak: float | None
+    samples: int = 0
+    text_tokens: int = 0
+    flops: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+    def count(self, batch: dict) -> None:
+        ids, mask = batch["input_ids"], batch["attention_mask"] != 0
+        images = ((ids == self.config.image_token_index) & mask).sum(1)
+        text, scored = mask.sum(1) - images, (batch["labels"] != -100).sum(1)
+        self.samples += len(batch["sample_ids"])
+        self.text_tokens += int(text.sum())
+        visual, passes = visual_tokens(self.config), self.passes
+        for row in zip(text.tolist(), images.tolist(), scored.tolist()):
+            self.flops += passes * sample_flops(self.config, row[0], row[1] * visual, row[2])
+
+    @property
+    def passes(self) -> int:
+        """Forward, the gradients of what comes in, and those of the weights where they learn."""
+        return 3 if "language model" in self.trained.parts else 2
+
+    def read(self, world_size: int, gather) -> dict[str, float]:
+        """Figures of all processes. `gather`: sums a tensor of counts over them."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        samples, tokens, flops = gather([float(self.samples), float(self.text_tokens), self.flops])
+        self.samples = self.text_tokens = 0
+        self.flops = 0.0
+        figures = {"samples_per_s": samples / seconds, "text_tokens_per_s": tokens / seconds}
+        if self.peak:
+            figures["model_flop_use"] = flops / seconds / (self.peak * world_size)
+        if torch.cuda.is_available():
+            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return {name: float(f"{value:.4g}") for name, value in figures.items()}

@@ -1,0 +1,133 @@
+"""The training run, from arguments to a saved model."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from ..data.collate import Collator
+from ..data.conversation import get_template
+from ..data.samples import open_samples
+from ..data.skipped import Skipped
+from ..data.training import StreamingSet, TrainingSet
+from ..errors import ViCAError
+from . import curve, saving
+from .arguments import parse
+from .build import build, widen
+from .lora import add_adapters
+from .meter import Meter, peak_flops
+from .stages import Trained, describe, freeze
+from .trainer import ViCATrainer
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(argv)
+    except ViCAError as error:
+        print(f"vica train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"vica train: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse(argv)
+    prepare(args)
+    trained = Trained.of(args)
+    model, processor = build(model_args, data_args, args)
+    if trained.adapters:
+        model = add_adapters(model, args)
+    freeze(model, trained)
+    widen(model, args)
+    samples = training_set(data_args, args, processor, model_args.version)
+    total = None if isinstance(samples, IterableDataset) else len(samples)
+    if args.should_save:
+        announce(args, model, total)
+    config = model.get_base_model().config if trained.adapters else model.config
+    trainer = ViCATrainer(
+        model=model,
+        args=args,
+        train_dataset=samples,
+        data_collator=Collator(processor.pad_id),
+        processing_class=processor,
+        trained=trained,
+        meter=Meter(config, trained, peak_flops(args.peak_tflops, args.device)),
+        skipped=Skipped(Path(args.output_dir) / "skipped.jsonl", data_args.max_broken_share, total),
+    )
+    trainer.train(resume_from_checkpoint=resume_point(args))
+    finish(trainer)
+
+
+def prepare(args) -> None:
+    """What must be settled before anything large is loaded."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO if args.should_save else logging.ERROR, format="%(message)s")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if args.should_save:
+        saving.clear_unfinished(args.output_dir)
+    if "wandb" in args.report_to:
+        stay_offline_without_key(args.output_dir)
+
+
+def stay_offline_without_key(folder: str) -> None:
+    os.environ.setdefault("WANDB_DIR", folder)
+    known = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()
+    if not known and "WANDB_MODE" not in os.environ:
+        log.warning("no WANDB_API_KEY: wandb writes to %s only (wandb sync sends it later)", folder)
+        os.environ["WANDB_MODE"] = "offline"
+
+
+def training_set(data_args, args, processor, version: str):
+    if data_args.streaming and args.max_steps <= 0:
+        raise ViCAError("--streaming has no known length: give --max_steps")
+    samples = open_samples(data_args.data_path, streaming=data_args.streaming)
+    kind = StreamingSet if data_args.streaming else TrainingSet
+    more = {"seed": args.data_seed or args.seed} if data_args.streaming else {}
+    template = get_template(version)
+    return kind(samples, processor, data_args.image_folder, template, args.model_max_length, **more)
+
+
+def announce(args, model, total: int | None) -> None:
+    print(f"stage {args.stage}\n{describe(model)}")
+    steps = "" if total is None else f", {total:,} samples"
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    print(f"batch {batch} ({args.world_size} processes){steps}; into {args.output_dir}", flush=True)
+
+
+def resume_point(args) -> str | None:
+    """As LLaVA does: the newest checkpoint in the output folder, unless another is named."""
+    given = args.resume_from_checkpoint
+    if given and str(given).lower() not in ("true", "false"):
+        if not Path(given).is_dir():
+            raise ViCAError(f"--resume_from_checkpoint is {given!r}, which is no folder")
+        return given
+    return None if str(given).lower() == "false" else get_last_checkpoint(args.output_dir)
+
+
+def finish(trainer: ViCATrainer) -> None:
+    """The model itself, in the precision it is used with, the log and its picture."""
+    args, output = trainer.args, Path(trainer.args.output_dir)
+    trainer.check_last_loss()
+    staging = output / saving.UNFINISHED
+    trainer.save_model(str(staging))
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        trainer.state.save_to_json(str(staging / "trainer_state.json"))
+        saving.publish_files(staging, output)
+        curve.draw(output / "loss.png", trainer.state.log_history)
+        print(trainer.skipped.summary())
+        print(f"wrote {output}", flush=True)
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.destroy()  # else some exits end in an abort, after all is done
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,75 @@
+"""What a stage writes, and how: a folder is written aside and appears whole, or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..errors import ViCAError
+from ..model.checkpoint import PROJECTOR_FILE
+from .stages import is_adapter, part_of
+
+UNFINISHED = "unfinished"  # inside the output folder; left behind by a run that was killed while it saved
+TRAINED_FILE = "trained.safetensors"
+NON_LORA_FILE = "non_lora_trainables.bin"
+
+
+def write_trained(folder: Path, model, state: dict[str, torch.Tensor], adapters: bool) -> None:
+    """A stage that leaves the language model alone: what learned, under our names to go on from, and in LLaVA's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED_FILE)
+    if adapters:
+        model.save_pretrained(folder, state_dict={k: v for k, v in state.items() if is_adapter(k)})
+        torch.save({k: v for k, v in state.items() if not is_adapter(k)}, folder / NON_LORA_FILE)
+    else:
+        projector = {k: v for k, v in state.items() if part_of(k) == "projector"}
+        torch.save(projector, folder / PROJECTOR_FILE)
+
+
+def read_trained(folder: Path, model) -> None:
+    path = Path(folder) / TRAINED_FILE
+    if not path.is_file():
+        raise ViCAError(f"{folder} holds no {TRAINED_FILE}: it is no checkpoint of this stage")
+    result = model.load_state_dict(load_file(path), strict=False)
+    if result.unexpected_keys:
+        raise ViCAError(f"{path} holds {result.unexpected_keys[0]}, which this model lacks: another stage wrote it")
+
+
+def clear_unfinished(output_dir: str | os.PathLike) -> None:
+    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Makes a finished folder appear under its name. Its files reach the disk first: a rename may be there after a
+    power cut when their contents are not."""
+    sync(source)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(source, target)
+    sync_folder(target.parent)
+
+
+def publish_files(source: Path, target: Path) -> None:
+    """The same for files that go into a folder which holds others."""
+    sync(source)
+    for path in sorted(source.iterdir()):
+        os.replace(path, target / path.name)
+    source.rmdir()
+    sync_folder(target)
+
+
+def sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,79 @@
+"""What each stage trains, said in one place."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import ViCAError
+
+STAGES = ("pretrain", "finetune")
+
+# The model's parts by the beginnings of their parameters' names.
+PARTS = {
+    "tower": ("model.vision_tower.",),
+    "projector": ("model.mm_projector.",),
+    "language model": ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Parts of PARTS that learn in full, and whether the language model learns through adapters."""
+
+    parts: tuple[str, ...]
+    adapters: bool = False
+
+    @classmethod
+    def of(cls, args) -> "Trained":
+        """`args`: TrainArguments."""
+        if args.stage == "pretrain":
+            wrong = [
+                x for x in ("lora_enable", "freeze_mm_mlp_adapter", "unfreeze_mm_vision_tower") if getattr(args, x)
+            ]
+            if wrong:
+                raise ViCAError(f"--{wrong[0]} True belongs to stage finetune; stage pretrain trains the projector")
+            return cls(("projector",))
+        kept = args.freeze_backbone or args.lora_enable or args.bits < 16
+        chosen = {
+            "tower": args.unfreeze_mm_vision_tower,
+            "projector": not args.freeze_mm_mlp_adapter,
+            "language model": not kept,
+        }
+        return cls(tuple(part for part in PARTS if chosen[part]), adapters=args.lora_enable)
+
+
+def part_of(name: str) -> str:
+    """`name`: of a parameter, with or without what peft and parallel wrappers put in front."""
+    for part, beginnings in PARTS.items():
+        if any(beginning in name for beginning in beginnings):
+            return part
+    raise ViCAError(f"{name} belongs to no part of the model that is known here")
+
+
+def is_adapter(name: str) -> bool:
+    return "lora_" in name
+
+
+def freeze(model: nn.Module, trained: Trained) -> None:
+    """Sets `requires_grad` of every parameter but adapters', which peft sets."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            parameter.requires_grad_(part_of(name) in trained.parts)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ViCAError("nothing is left to train: every part of the model is frozen")
+
+
+def rows(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Each part with its parameters and how many of them learn. Sharded weights tell their whole size."""
+    found: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = found.setdefault("adapters" if is_adapter(name) else part_of(name), [0, 0])
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        part[0] += size
+        part[1] += size if parameter.requires_grad else 0
+    return [(part, *counts) for part, counts in found.items()]
+
+
+def describe(model: nn.Module) -> str:
+    lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
+    return "\n".join(lines + [f"{part:<16}{size:>16,}{learning:>16,}" for part, size, learning in rows(model)])
