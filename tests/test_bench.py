@@ -66,12 +66,12 @@ def test_flops_of_linear_maps(variant, layers, frozen):
 @pytest.mark.parametrize("variant", ["accel", "dense"])
 def test_flops_of_attention(variant, layers, frozen):
     """Eager attention computes rectangles. A prefix and a text of one token each leave nothing masked in accel's; of
-    dense's, the upper triangle between the visual tokens (and between the last of them and the text)."""
+    dense's, all above the diagonal."""
     model = tiny_model(variant=variant, t2v_layers=layers, freeze_prefix=frozen)
     model.model.kernel_name = "eager"
     visual, text_config = 20, model.config.text_config
     each = 4 * text_config.num_attention_heads * text_config.head_dim
-    masked = each * visual * (visual + 1) // 2 * text_config.num_hidden_layers if variant == "dense" else 0
+    masked = each * (visual + 1) * (visual + 2) // 2 * text_config.num_hidden_layers if variant == "dense" else 0
     inputs = batch([Row((1, image(visual), 1))])
     measured = counted_by_torch(lambda: model(**inputs))["batched"]
     rotary = counted_by_torch(lambda: model.model.rotary(torch.arange(visual + 2), torch.float32))["batched"]

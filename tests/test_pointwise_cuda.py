@@ -19,13 +19,11 @@ def run(function, *inputs):
     return out.detach(), [x.grad for x in inputs]
 
 
-def compare(fused, plain, inputs, same_bits: bool):
+def compare(fused, plain, inputs):
     """`fused` may be as wrong as `plain` in the inputs' type is, float64 being right."""
     out, gradients = run(fused, *inputs)
     want, want_gradients = run(plain, *inputs)
     exact, exact_gradients = run(plain, *[x.double() for x in inputs])
-    if same_bits:
-        assert torch.equal(out, want)
     for ours, theirs, right in zip([out, *gradients], [want, *want_gradients], [exact, *exact_gradients]):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         error, allowed = (ours - right).norm(), (theirs - right).norm()
@@ -45,7 +43,7 @@ def test_norm(shape, dtype):
 
     x = 3 * torch.randn(shape, device="cuda", dtype=dtype)
     weight = torch.rand(shape[-1], device="cuda", dtype=dtype) + 0.5
-    compare(lambda x, w: rms_norm(x, w, 1e-5), plain, [x, weight], same_bits=False)
+    compare(lambda x, w: rms_norm(x, w, 1e-5), plain, [x, weight])
 
 
 @pytest.mark.parametrize("lead", [(5,), (2, 7)], ids=str)
@@ -63,7 +61,7 @@ def test_rotary(lead, heads, size, dtype):
 
     x = torch.randn(*lead, heads, size, device="cuda", dtype=dtype)
     tables = angles.cos().to(dtype), angles.sin().to(dtype)
-    compare(lambda x: rotate_pairs(x, *tables), plain, [x], same_bits=dtype != torch.float32)
+    compare(lambda x: rotate_pairs(x, *tables), plain, [x])
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (700, 11008), (1, 1)], ids=str)
@@ -72,7 +70,7 @@ def test_gate(shape, dtype):
     from vica.model.pointwise_cuda import silu_gate
 
     gate, up = 4 * torch.randn(2, *shape, device="cuda", dtype=dtype)
-    compare(silu_gate, lambda g, u: torch.nn.functional.silu(g) * u, [gate, up], same_bits=False)
+    compare(silu_gate, lambda g, u: torch.nn.functional.silu(g) * u, [gate, up])
 
 
 def test_a_frozen_norm_makes_no_gradient_for_its_weight():

@@ -24,7 +24,7 @@ COLUMNS = {
     "prefix": "ours, accel, engine, prefix kept",
     "image": "ours, accel, engine, prefix and image kept",
 }
-OWN = ("mask", "dense", "accel", "nothing", "prefix", "image")
+OWN = ("mask", "dense", "accel", "stored", "nothing", "prefix", "image")
 
 
 @dataclass

@@ -24,7 +24,9 @@ COLUMNS = {
     "mask": "ours, mask, padded",
     "dense": "ours, dense, packed, flash",
     "accel": "ours, accel, packed, flash",
+    "stored": "  the same, without checkpointing",
 }
+VARIANTS = {"transformers": "dense", "stored": "accel"}  # of columns that are not named like theirs
 IGNORE = -100
 
 
@@ -120,7 +122,7 @@ def measure(models: Models, stage: str, column: str, batches: list[dict], repeat
     if timing.median:
         rate = samples / timing.median
         progress(f"train, {stage}, {column}: {rate:.2f} samples/s")
-        flops = counted(models.wired("dense" if column == "transformers" else column).config, stage, batches)
+        flops = counted(models.wired(VARIANTS.get(column, column)).config, stage, batches)
         cell |= dict(samples_per_s=rate, peak_bytes=memory, losses=[float(x) for x in losses])
         cell |= dict(flop_use=flops / timing.median / peak) if column != "mask" else {}
     return cell
@@ -141,17 +143,21 @@ LEARNING = {"pretrain": Trained(("projector",)), "finetune": Trained(("projector
 
 class Ours:
     def __init__(self, models: Models, variant: str, stage: str):
-        freeze(models.accel, LEARNING[stage])  # whose very parameters the others hold
         self.config, self.device = models.config, models.device
         self.model = self.wired(models, variant)
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        freeze(
+            models.accel, LEARNING[stage]
+        )  # the others hold its very parameters, and unfroze them when they were made
+        if self.checkpointing:
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.model.train()
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0, fused=self.device.type == "cuda")
 
-    def wired(self, models: Models, variant: str):
-        return models.wired(variant)
+    def wired(self, models: Models, column: str):
+        self.checkpointing = column != "stored"
+        return models.wired(VARIANTS.get(column, column))
 
     def step(self, batch: dict) -> torch.Tensor:
         pixels = batch["pixel_values"].to(self.device, non_blocking=True)
@@ -174,7 +180,9 @@ class Ours:
 class Peer(Ours):
     """transformers' own LLaVA, whose placeholders are one for each visual token."""
 
-    def wired(self, models: Models, variant: str):
+    checkpointing = True
+
+    def wired(self, models: Models, column: str):
         self.placeholder, self.visual = models.transformers.image_token, visual_tokens(models.config)
         return models.transformers.model
 

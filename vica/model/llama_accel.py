@@ -3,7 +3,8 @@
     hidden   [N, width]   text of all rows of the batch, packed: first every row's prefix, then the rest
     frozen   [M, width]   visual tokens, never updated; a T2V layer norms and projects them to its own K/V
 
-Prefix first makes "all but the prefix" a slice: where the prefix is frozen, queries start at row `prefix_rows`.
+Prefix first makes "all but the prefix" a slice: where the prefix is frozen, queries start at row `prefix_rows`. Where
+no layer freezes it, it is text like any other.
 The dense variant is the same flow with nothing frozen: its visual tokens are hidden states too.
 """
 
@@ -23,8 +24,9 @@ class AccelFlow:
         tokens, plan = call.tokens, call.plan
         live = ~tokens.visual | plan[0].visual_updated
         rows = np.nonzero(live)[0]
-        self.packed = rows[np.argsort(~tokens.prefix[rows], kind="stable")]  # token of each hidden row
-        self.prefix_rows = int(tokens.prefix.sum())
+        self.prefix = tokens.prefix & (not all(p.prefix_attends for p in plan))
+        self.packed = rows[np.argsort(~self.prefix[rows], kind="stable")]  # token of each hidden row
+        self.prefix_rows = int(self.prefix.sum())
         self.frozen_tokens = np.nonzero(~live)[0]
         self.slot = np.empty(len(tokens), np.int64)  # row of each token in [hidden; frozen]
         self.slot[np.concatenate([self.packed, self.frozen_tokens])] = np.arange(len(tokens))
@@ -137,7 +139,7 @@ class Route:
             lists = flow.slot[own] if flow.fresh else self._held_rows(b)
             past = len(lists) - len(own)
             # a run ends where the next key is no query, or where the prefix ends
-            label = np.where(flow.live[own], 1 + tokens.prefix[own], 0)
+            label = np.where(flow.live[own], 1 + flow.prefix[own], 0)
             edges = np.nonzero(np.diff(label))[0] + 1
             for start, end in zip([0, *edges], [*edges, len(own)]):
                 if start < end and label[start]:

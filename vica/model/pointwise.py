@@ -1,5 +1,5 @@
 """What a block does between its matrix products: norm, rotary, gate. On CUDA each is one pass over the data, forward
-and backward, with the roundings of the plain form."""
+and backward, and rounds no more often than the plain form."""
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm

@@ -1,5 +1,4 @@
-"""pointwise.py in Triton, with gradients. Rows are programs; sums are float32; every rounding of the plain form, which
-works in the tensors' own type step by step, is kept."""
+"""pointwise.py in Triton, with gradients. Rows are programs, sums are float32."""
 
 import torch
 import triton
@@ -130,7 +129,6 @@ def _rotate(x, cos, sin, out, heads, size, sign, HALF: tl.constexpr, HEADS: tl.c
     live = n < size // 2
     both = live[None] & (head < heads)[:, None]
     at = row * heads * size + head[:, None] * size + n[None]
-    wide = cos.dtype.element_ty  # the type that the plain form computes in
     left = tl.load(x + at, both, 0.0)
     right = tl.load(x + at + size // 2, both, 0.0)
     left_cos = tl.load(cos + row * size + n, live, 0.0)[None].to(tl.float32)
@@ -138,11 +136,9 @@ def _rotate(x, cos, sin, out, heads, size, sign, HALF: tl.constexpr, HEADS: tl.c
     left_sin = tl.load(sin + row * size + n, live, 0.0)[None].to(tl.float32)
     right_sin = tl.load(sin + row * size + size // 2 + n, live, 0.0)[None].to(tl.float32)
     a, b = left.to(tl.float32), right.to(tl.float32)
-    # the second half's sine belongs to the first half's place in the gradient; tables are the same in both halves
-    first = (a * left_cos).to(wide).to(tl.float32) - sign * (b * left_sin).to(wide).to(tl.float32)
-    second = (b * right_cos).to(wide).to(tl.float32) + sign * (a * right_sin).to(wide).to(tl.float32)
-    tl.store(out + at, first.to(wide).to(out.dtype.element_ty), both)
-    tl.store(out + at + size // 2, second.to(wide).to(out.dtype.element_ty), both)
+    # backward (sign -1) uses that the tables are the same in both halves
+    tl.store(out + at, (a * left_cos - sign * b * left_sin).to(out.dtype.element_ty), both)
+    tl.store(out + at + size // 2, (b * right_cos + sign * a * right_sin).to(out.dtype.element_ty), both)
 
 
 @triton.jit

@@ -119,9 +119,7 @@ def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments,
     for name, supported in UNSUPPORTED.items():
         if getattr(model, name) != supported:
             raise ViCAError(f"--{name} is {getattr(model, name)!r}; only {supported!r} is supported")
-    for name, value in (
-        ("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path), ("output_dir", train.output_dir)
-    ):  # fmt: skip
-        if not value:
+    for given, name in ((model, "model_name_or_path"), (data, "data_path"), (train, "output_dir")):
+        if not getattr(given, name):
             raise ViCAError(f"--{name} is missing")
     return model, data, train

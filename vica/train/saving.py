@@ -17,7 +17,7 @@ NON_LORA_FILE = "non_lora_trainables.bin"
 
 
 def write_trained(folder: Path, model, state: dict[str, torch.Tensor], adapters: bool) -> None:
-    """A stage that leaves the language model alone: what learned, under our names to go on from, and in LLaVA's files."""
+    """Of a stage that leaves the language model alone: what learned, to go on from, and LLaVA's files of it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED_FILE)
     if adapters:
