@@ -33,12 +33,9 @@ def encode(
     """`input_ids`, one placeholder an image, and `labels`: the answers and the token that ends each, IGNORE elsewhere.
     What lies beyond `max_length` positions is cut, an image being `visual_tokens` of them, or cut altogether."""
     turns = read_turns(conversations)
-    marks = sum(turn.count(IMAGE_MARK) for turn in turns)
     build = _plain if get_template(template).name == "plain" else _chat
     ids, labels = build(turns, processor, get_template(template))
     image = processor.image_token_index
-    if ids.count(image) != marks:
-        raise ViCAError(f"the text makes {ids.count(image)} image placeholders of {marks} {IMAGE_MARK} marks")
     labels = [IGNORE if before == image else label for before, label in zip([None, *ids], labels)]
     if max_length is not None:
         ends = accumulate(visual_tokens if token == image else 1 for token in ids)
@@ -80,10 +77,13 @@ def _read_turn(place: int, turn: Mapping) -> tuple[str, str]:
 
 
 def _images_first(text: str) -> str:
-    marks = text.count(IMAGE_MARK)
-    if not marks:
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) == 1:
         return text
-    return (f"{IMAGE_MARK}\n" * marks + text.replace(IMAGE_MARK, "").strip()).strip()
+    rest = "".join(pieces).strip()
+    if IMAGE_MARK in rest:
+        raise ViCAError(f"a message without its {IMAGE_MARK} marks holds another: {shorten(text)}")
+    return (f"{IMAGE_MARK}\n" * (len(pieces) - 1) + rest).strip()
 
 
 def _plain(turns: list[str], processor: ViCAProcessor, template: Template) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from glob import escape
 from io import BytesIO
 from itertools import accumulate, chain
 from pathlib import Path
@@ -50,9 +51,10 @@ class Stream:
 
 
 def open_samples(paths, streaming: bool = False) -> Samples | Stream:
-    """One source, or several joined: .json, .jsonl and .parquet files, folders of parquet files or as `datasets` saves
-    them, and hub:NAME or hub:NAME:CONFIG for a data set of the hub; nothing else is ever downloaded. `streaming` reads
-    parquet and the hub in order as they come, in place of converting all to memory-mapped tables first."""
+    """One source, or several joined: .json, .jsonl and .parquet files; folders of parquet files (only those named
+    train* where there are such) or as `datasets` saves them; and hub:NAME or hub:NAME:CONFIG for the part named train
+    of a data set of the hub, which alone is ever downloaded. `streaming` reads parquet and the hub in order as they
+    come, in place of converting all to memory-mapped tables first."""
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if not paths:
         raise ViCAError("no training data is named; give .json, .jsonl or .parquet files, folders or hub:NAME")
@@ -74,11 +76,12 @@ def _open(path: str, streaming: bool):
     if kind == ".json":
         return _Lines(path, _pack(path))
     if kind == ".parquet":
-        return _open_table(path, streaming, "parquet", data_files=_literal(path))
+        return _open_parquet(path, streaming, [path])
     if any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _open_saved(path, streaming)
-    if os.path.isdir(path) and any(Path(path).rglob("*.parquet")):
-        return _open_table(path, streaming, "parquet", data_dir=path)
+    if files := sorted(Path(path).rglob("*.parquet")):
+        training = [file for file in files if file.name.startswith("train")]
+        return _open_parquet(path, streaming, training or files)
     raise ViCAError(f"{path} is neither .json, .jsonl, .parquet nor a folder that holds parquet or a saved data set")
 
 
@@ -181,6 +184,11 @@ def _pack(path: str) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
+def _open_parquet(path: str, streaming: bool, files: list):
+    # glob's escapes, because `datasets` takes names for patterns
+    return _open_table(path, streaming, "parquet", data_files=[escape(os.path.abspath(file)) for file in files])
+
+
 def _open_table(path: str, streaming: bool, *where, **options):
     try:
         dataset = _datasets().load_dataset(*where, split="train", streaming=streaming, **options)
@@ -209,11 +217,6 @@ def _checked(path: str, dataset):
     elif isinstance(getattr(columns.get("image"), "feature", None), _datasets().Image):
         dataset = dataset.cast_column("image", _datasets().List(undecoded))
     return _Table(path, dataset) if isinstance(dataset, _datasets().Dataset) else dataset
-
-
-def _literal(path: str) -> str:
-    """A file's name for `datasets`, which takes names for patterns."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in os.path.abspath(path))
 
 
 def _datasets():
