@@ -1,6 +1,7 @@
 """Training data: LLaVA's own way of making labels is written out here, as the referee of ours; the rest by hand."""
 
 import json
+from itertools import groupby
 
 import pytest
 import torch
@@ -117,16 +118,11 @@ def test_v1_is_llavas(processors, llama_like, texts, legacy):
 
 
 @settings(max_examples=100)
-@given(question=WORDS, caption=WORDS, legacy=st.booleans())
+@given(question=WORDS, caption=WORDS.filter(bool), legacy=st.booleans())
 def test_plain_is_llavas_but_for_the_token_after_the_image(processors, llama_like, question, caption, legacy):
-    got = lambda: encode(talk(question + "<image>", caption), processors[legacy], "plain")  # noqa: E731
-    if not caption:
-        with pytest.raises(ViCAError):
-            got()
-        return
     ids, labels = LLaVA(llama_like, legacy).plain(caption)
     labels[2] = IGNORE
-    assert got() == (ids, labels)
+    assert encode(talk(question + "<image>", caption), processors[legacy], "plain") == (ids, labels)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -135,23 +131,13 @@ def test_the_answers_are_learned_and_nothing_else(processors, template, end, leg
     answers = ["3 birds.", "日本 🙂\n  yes ", "\nNo"]
     texts = ["<image>\nHow many?", answers[0], "Sure? <image> <image>", answers[1], "[/INST] ASSISTANT: 3", answers[2]]
     ids, labels = encode(talk(*texts), processors[legacy], template)
-    assert [label for label in labels if label != IGNORE] == [i for i, x in zip(ids, labels, strict=True) if x == i]
-    spans, before = [], IGNORE
-    for label in labels:
-        if label != IGNORE and before == IGNORE:
-            spans.append([])
-        if label != IGNORE:
-            spans[-1].append(label)
-        before = label
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
+    spans = [list(span) for learned, span in groupby(labels, key=lambda label: label != IGNORE) if learned]
     decoded = [processors[legacy].tokenizer.decode(span) for span in spans]
     assert [text.removeprefix(" ") for text in decoded] == [answer + end for answer in answers]
-    assert ids == processors[legacy].tokenize(rendered(texts, template))
-
-
-def rendered(texts: list[str], template: str) -> str:
-    texts = [texts[0], texts[1], "<image>\n<image>\nSure?", *texts[3:]]  # all images go in front of their message
-    roles = ["user", "assistant"] * 3
-    return get_template(template).render(list(zip(roles, texts, strict=True)))
+    texts[2] = "<image>\n<image>\nSure?"  # the images of a message go in front of it
+    prompt = get_template(template).render(list(zip(["user", "assistant"] * 3, texts, strict=True)))
+    assert ids == processors[legacy].tokenize(prompt)
 
 
 def test_an_answer_before_any_question_is_left_out(processors):
@@ -252,11 +238,9 @@ def tables(tmp_path, folder, monkeypatch):
         row["image"] = [{"bytes": (folder / name).read_bytes(), "path": name} for name in names]
     lists = datasets.Dataset.from_list(rows).cast_column("image", datasets.List(datasets.Image()))
     lists.to_parquet(tmp_path / "lists [1].parquet")
-    for name in ("train-0", "train-1", "test-0"):
-        (tmp_path / "folder" / "data").mkdir(parents=True, exist_ok=True)
-        part = {"train-0": [0, 1], "train-1": [2], "test-0": [0]}[name]
+    (tmp_path / "folder" / "data").mkdir(parents=True)
+    for name, part in {"train-0": [0, 1], "train-1": [2], "test-0": [0]}.items():
         lists.select(part).to_parquet(tmp_path / "folder" / "data" / f"{name}.parquet")
-    (tmp_path / "folder" / "README.md").write_text("a")
     rows = [{**row, "image": row["image"][-1] if row["image"] else None} for row in rows[1:]]
     datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
     return tmp_path

@@ -76,10 +76,8 @@ def describe(summary: Summary, processor: ViCAProcessor | None) -> Iterator[tupl
     yield "positions", f"{sum(lengths):,}: " + ", ".join(spread)
     yield "learned", f"{summary.learned:,} tokens"
     if limit < VERY_LARGE_INTEGER:  # transformers' word for no limit
-        yield (
-            "too long",
-            f"{sum(length > limit for length in lengths):,} for the tokenizer's {limit:,}: cut in training",
-        )
+        cut = sum(length > limit for length in lengths)
+        yield "too long", f"{cut:,} for the tokenizer's {limit:,}: cut in training"
 
 
 def tell_broken(summary: Summary, report: str | None) -> None:
