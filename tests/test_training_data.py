@@ -2,6 +2,7 @@
 
 import json
 from itertools import groupby
+from random import Random
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from vica.data.processor import ViCAProcessor
 from vica.data.samples import open_samples
 from vica.data.skipped import Skipped
 from vica.data.tokenizer import load_tokenizer
-from vica.data.training import Broken, Example, TrainingSet, TrainingStream
+from vica.data.training import Broken, Example, TrainingSet, TrainingStream, shuffled
 from vica.errors import ViCAError
 from vica.toy.model import save
 
@@ -224,8 +225,9 @@ def test_json_and_lines(tmp_path, suffix):
     assert list(samples.without_images()) == RECORDS
     joined = open_samples([path, path])
     assert list(joined) == RECORDS * 2 and joined.name(4) == samples.name(1)
-    with pytest.raises(IndexError):
-        samples[3]
+    for index in (-1, 6):
+        with pytest.raises(IndexError):
+            joined[index]
 
 
 @pytest.fixture
@@ -259,6 +261,17 @@ def test_datasets_give_the_same_examples(tables, tmp_path, folder, processors, s
         assert len(got) == 3 - first
         for one, other in zip(got, [want[i] for i in range(first, 3)], strict=True):
             assert_same(one, other)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_broken_embedded_image_breaks_its_sample_only(tmp_path, folder, processors, listed):
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": (folder / name).read_bytes()} for name in ("broken.png", "tall.png")]
+    rows = [{**RECORDS[2], "image": [image] if listed else image} for image in images]
+    kind = datasets.List(datasets.Image()) if listed else datasets.Image()
+    datasets.Dataset.from_list(rows).cast_column("image", kind).save_to_disk(tmp_path)
+    data = TrainingSet(open_samples(tmp_path), processors[False])
+    assert "cannot be read" in data[0].reason and len(data[1].pixel_values) == 1
 
 
 def assert_same(one: Example, other: Example):
@@ -382,6 +395,12 @@ def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processors, monkeypatc
     assert sorted(map(int, sum(first, []))) == list(range(23))
     assert abs(len(first[0]) - len(first[1])) <= 2 * max(workers, 1)
     assert epoch(0) == first and epoch(1) != first and first[0] != sorted(first[0], key=int)
+
+
+def test_the_buffer_shuffles_what_passes():
+    order = list(shuffled(iter(range(200)), 20, Random(0)))
+    assert sorted(order) == list(range(200)) and order[:100] != sorted(order[:100])
+    assert all(item < place + 21 for place, item in enumerate(order)), "drawn no further ahead than the buffer"
 
 
 # ---- order ------------------------------------------------------------------------------------------------------
