@@ -6,9 +6,9 @@ import sys
 import torch
 
 from ..errors import ViCAError
-from . import ask, bench, chat, convert, info
+from . import ask, bench, chat, convert, data, info
 
-VERBS = {"ask": ask, "chat": chat, "info": info, "convert": convert, "bench": bench}
+VERBS = {"ask": ask, "chat": chat, "info": info, "convert": convert, "data": data, "bench": bench}
 
 
 def build_parser() -> argparse.ArgumentParser:

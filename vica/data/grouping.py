@@ -1,0 +1,82 @@
+"""Orders of an epoch in which samples of like length, or of one modality, share a batch."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+IMAGE_WORDS = 128  # what an image adds to a sample's length when all kinds are grouped together: LLaVA's number
+
+
+class LengthGroupedSampler(Sampler):
+    """Every index once an epoch, in megabatches of `world_size` batches, one after the other for each rank; with
+    gradient accumulation count a rank once for each of its batches in a step. The ranks' shares of a megabatch are
+    about equally long. `lengths` are TrainingSet's: negative for text without an image.
+
+    `by_modality`: a megabatch holds images only or text only, but for the last ones, where both run out.
+    `pool` is how many megabatches are sorted by length together: 1, LLaVA's way, leaves their lengths to chance, and
+    is what `by_modality` takes unless told; by length alone it is 50, as in transformers."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        batch_size: int,
+        world_size: int = 1,
+        by_modality: bool = False,
+        seed: int = 0,
+        pool: int | None = None,
+    ):
+        self.lengths, self.batch_size, self.world_size, self.seed = lengths, batch_size, world_size, seed
+        self.by_modality, self.pool, self.epoch = by_modality, pool or (1 if by_modality else 50), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        dice = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.by_modality:
+            sizes = [abs(length) for length in self.lengths]
+            kinds = [[i for i, x in enumerate(self.lengths) if (x > 0) == image] for image in (True, False)]
+        else:
+            sizes = [length + IMAGE_WORDS if length > 0 else -length for length in self.lengths]
+            kinds = [list(range(len(sizes)))]
+        full, rest = [], []
+        for indices in kinds:
+            megabatches, left = self._cut(shuffle(indices, dice), sizes)
+            full += megabatches
+            rest += left
+        # The remainders come last, where they move no other megabatch from its place among the ranks.
+        for megabatch in [*shuffle(full, dice), *self._in_megabatches(rest)]:
+            yield from deal(megabatch, sizes, self.world_size)
+
+    def _cut(self, indices: list[int], sizes: list[int]) -> tuple[list[list[int]], list[int]]:
+        """Full megabatches, and what is left of `indices`."""
+        size = self.batch_size * self.world_size
+        whole = len(indices) // size * size
+        megabatches = []
+        for start in range(0, whole, self.pool * size):
+            pool = indices[start : min(start + self.pool * size, whole)]
+            megabatches += self._in_megabatches(sorted(pool, key=sizes.__getitem__))
+        return megabatches, indices[whole:]
+
+    def _in_megabatches(self, indices: list[int]) -> list[list[int]]:
+        size = self.batch_size * self.world_size
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def shuffle(items: list, dice: torch.Generator) -> list:
+    return [items[i] for i in torch.randperm(len(items), generator=dice).tolist()]
+
+
+def deal(megabatch: list[int], sizes: list[int], ranks: int) -> list[int]:
+    """The megabatch as the ranks' shares one after the other: the longest first, each to the rank that has least."""
+    room = -(-len(megabatch) // ranks)
+    shares, load = [[] for _ in range(ranks)], [0] * ranks
+    for index in sorted(megabatch, key=sizes.__getitem__, reverse=True):
+        lightest = min((rank for rank in range(ranks) if len(shares[rank]) < room), key=load.__getitem__)
+        shares[lightest].append(index)
+        load[lightest] += sizes[index]
+    return [index for share in shares for index in share]

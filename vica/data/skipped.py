@@ -1,0 +1,76 @@
+"""What training had to leave out: reported sample by sample, and an end to it where it becomes too much."""
+
+import json
+import os
+
+from ..errors import ViCAError
+from .training import Broken
+
+_ENOUGH = 1000  # samples seen before a share of them says anything
+
+
+class Skipped:
+    """One JSON line {id, reason} a broken sample in `file`, which the ranks of a run share and a resumed run continues.
+    `count` is how many lines it has; a sample that breaks again, in a later epoch or after a resume, gets no other.
+
+    Training ends once they are more than `limit_share` of `total`. Where the total is not known (a stream) the share is
+    of what this rank has seen, as told to `saw`, once that is 1,000."""
+
+    def __init__(self, file: str | os.PathLike, limit_share: float, total: int | None = None):
+        if not 0 <= limit_share <= 1:
+            raise ViCAError(f"the share of samples that may be broken is {limit_share}; it must be from 0 to 1")
+        self.file, self.limit_share, self.total = os.fspath(file), limit_share, total
+        self.seen = self.own = 0
+        self._known, self._read = set(), 0
+        os.makedirs(os.path.dirname(self.file) or ".", exist_ok=True)
+        self._catch_up()
+
+    @property
+    def count(self) -> int:
+        return len(self._known)
+
+    def saw(self, samples: int) -> None:
+        """So many samples came by, broken ones among them."""
+        self.seen += samples
+
+    def add(self, broken: Broken) -> None:
+        self.own += 1
+        self._catch_up()
+        if (broken.id, broken.reason) not in self._known:
+            line = json.dumps({"id": broken.id, "reason": broken.reason}) + "\n"
+            # One write to a file opened for appending: lines of several ranks do not mix.
+            report = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(report, line.encode())
+            finally:
+                os.close(report)
+            self._known.add((broken.id, broken.reason))
+        self._check(broken)
+
+    def _catch_up(self) -> None:
+        """Reads the lines that other ranks, or an earlier run, have written."""
+        if not os.path.exists(self.file):
+            return
+        with open(self.file, "rb") as report:
+            report.seek(self._read)
+            for line in report:
+                if not line.endswith(b"\n"):
+                    break
+                self._known.add(_parse(self.file, line))
+                self._read += len(line)
+
+    def _check(self, last: Broken) -> None:
+        count, of = (self.own, self.seen) if self.total is None else (self.count, self.total)
+        if count > self.limit_share * of and (self.total is not None or of >= _ENOUGH):
+            raise ViCAError(
+                f"{count} of {of} samples are broken, more than the {self.limit_share:.2%} allowed; "
+                f"all are listed in {self.file}; the last: {last.id}: {last.reason}"
+            )
+
+
+def _parse(file: str, line: bytes) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+        return entry["id"], entry["reason"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ViCAError(f"{file} holds a line that is no report of a broken sample: {line[:80]!r}") from error

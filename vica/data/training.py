@@ -1,0 +1,167 @@
+"""Training examples: a record's token ids, labels and pixels, by index or as a stream.
+
+Bad data never raises and is never replaced by something else: it comes as `Broken`, with the reason, in its place.
+"""
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..errors import ViCAError
+from .labels import encode, read_turns
+from .messages import shorten
+from .processor import ViCAProcessor
+from .samples import Samples, Stream
+from .tokenizer import IMAGE_MARK
+
+_PROBE = [{"from": "human", "value": f"{IMAGE_MARK}\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    input_ids: torch.Tensor  # [T], one placeholder an image
+    labels: torch.Tensor  # [T]
+    pixel_values: list[torch.Tensor]  # float32 [3, H, W] for each placeholder
+
+
+@dataclass(frozen=True)
+class Broken:
+    id: str
+    reason: str
+
+
+@dataclass
+class Preparation:
+    """How a record becomes an example. `max_length` counts positions, of which an image takes `visual_tokens`."""
+
+    processor: ViCAProcessor
+    image_folder: str | os.PathLike | None = None
+    template: str = "vicuna_v1"
+    max_length: int | None = None
+    visual_tokens: int = 1
+
+    def __post_init__(self):
+        encode(_PROBE, self.processor, self.template)  # what is wrong for every record is no record's fault
+        check_folder(self.image_folder)
+
+    def __call__(self, record: Mapping, name: str) -> Example | Broken:
+        try:
+            check_record(record)
+            ids, labels = encode(
+                record["conversations"], self.processor, self.template, self.max_length, self.visual_tokens
+            )
+            seen = ids.count(self.processor.image_token_index)  # the others are cut away with the end of the text
+            images = [image_source(image, self.image_folder) for image in images_of(record)[:seen]]
+            pixels = [torch.from_numpy(array) for array in self.processor.process_images(images)] if images else []
+        except ViCAError as error:
+            return Broken(id_of(record, name), str(error))
+        return Example(id_of(record, name), torch.tensor(ids), torch.tensor(labels), pixels)
+
+
+class TrainingSet(Dataset):
+    """`Example` or `Broken` by index. Options are those of `Preparation`."""
+
+    def __init__(self, samples: Samples, processor: ViCAProcessor, image_folder=None, **options):
+        self.samples, self.prepare = samples, Preparation(processor, image_folder, **options)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example | Broken:
+        return self.prepare(self.samples[index], self.samples.name(index))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Words of each sample, negative where no image goes with them, as LLaVA counts; never 0."""
+        return [length_of(record) for record in self.samples.without_images()]
+
+
+class TrainingStream(IterableDataset):
+    """The same items from a stream, each to one worker of one rank, shuffled within a buffer of records. It deals to
+    the ranks itself: nothing else, such as accelerate's preparation of loaders, may do so again."""
+
+    def __init__(self, stream: Stream, processor: ViCAProcessor, image_folder=None, buffer=1000, seed=0, **options):
+        self.stream, self.prepare = stream, Preparation(processor, image_folder, **options)
+        self.buffer, self.seed = buffer, seed
+        self.epoch = torch.tensor(0).share_memory_()  # workers that persist must see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[Example | Broken]:
+        rank, world = rank_and_world()
+        worker = get_worker_info()
+        place = (rank, world, worker.id, worker.num_workers) if worker else (rank, world, 0, 1)
+        dice = random.Random(f"{self.seed} {int(self.epoch)} {place}")
+        for name, record in shuffled(self.stream.share(*place), self.buffer, dice):
+            yield self.prepare(record, name)
+
+
+def shuffled(items: Iterator, size: int, dice: random.Random) -> Iterator:
+    """Each item waits in a buffer until chance takes it out."""
+    waiting = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > size:
+            place = dice.randrange(len(waiting))
+            waiting[place], waiting[-1] = waiting[-1], waiting[place]
+            yield waiting.pop()
+    dice.shuffle(waiting)
+    yield from waiting
+
+
+def rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_folder(image_folder) -> None:
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise ViCAError(f"--image-folder is {os.fspath(image_folder)!r}: no such folder")
+
+
+def check_record(record: Mapping) -> None:
+    """What can be said without a tokenizer and without opening an image."""
+    if not isinstance(record, Mapping) or "conversations" not in record:
+        raise ViCAError(f"a record must be a JSON object with conversations, got {shorten(record)}")
+    marks = sum(turn.count(IMAGE_MARK) for turn in read_turns(record["conversations"]))
+    if marks != len(images_of(record)):
+        raise ViCAError(
+            f"the text has {marks} {IMAGE_MARK} marks, but the record names {len(images_of(record))} images"
+        )
+
+
+def images_of(record: Mapping) -> list:
+    image = record.get("image")
+    if image is None or image == "":
+        return []
+    return image if isinstance(image, list) else [image]
+
+
+def image_source(image, folder):
+    """What `load_image` takes. A name is always a file's: a URL in a record is not followed."""
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        return image["bytes"]
+    name = image.get("path") if isinstance(image, Mapping) else image
+    return Path(folder or "", name) if isinstance(name, str) else image
+
+
+def id_of(record, name: str) -> str:
+    given = record.get("id") if isinstance(record, Mapping) else None
+    return name if given is None else str(given)
+
+
+def length_of(record) -> int:
+    turns = record.get("conversations") if isinstance(record, Mapping) else None
+    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    texts = [text for text in texts if isinstance(text, str)]
+    words = max(1, sum(len(text.split()) for text in texts))
+    return words if any(IMAGE_MARK in text for text in texts) else -words
