@@ -1,0 +1,176 @@
+"""The toy world: up to four coloured shapes on a plain ground, and sometimes a printed word.
+
+A picture is 112 x 112 pixels, three rows of three places; a word takes a row of its own. No two things of a scene have
+both shape and colour in common, so that "the red circle" names one thing.
+
+Train and test differ in combinations. Two colours of each shape (and so two shapes of each colour) are novel: no train
+scene holds such a pair, and every test scene holds at least one, which is what its questions ask about. No scene can
+therefore be in both splits, whatever the seeds.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ViCAError
+from . import letters
+
+SIDE, PLACE = 112, 37  # pixels of a picture, and from one place to the next
+MARGIN = 6  # pixels that a word leaves free, left and right together
+SIZES = {"small": 20, "large": 32}
+COLOURS = {
+    "red": (220, 20, 30),
+    "orange": (255, 135, 0),
+    "yellow": (250, 225, 0),
+    "green": (0, 150, 50),
+    "blue": (30, 80, 240),
+    "purple": (140, 30, 170),
+    "pink": (255, 130, 200),
+}
+GROUNDS = {"white": (255, 255, 255), "grey": (165, 165, 165), "black": (0, 0, 0), "brown": (95, 60, 35)}
+WORDS = tuple(
+    "SUN CAT DOG BUS CUP HAT KEY MAP FISH BIRD TREE MOON LAMP DOOR CAKE MILK "
+    "HOUSE TRAIN APPLE WATER HORSE CHAIR BREAD GRASS".split()
+)
+PLACES = (
+    ("top left", "top centre", "top right"),
+    ("centre left", "centre", "centre right"),
+    ("bottom left", "bottom centre", "bottom right"),
+)
+SPLITS = ("train", "test")
+
+
+def _star(x, y):
+    """Inside at least four of the five lines that join a pentagram's tips."""
+    turns = 2 * np.pi * np.arange(5) / 5
+    return sum(x * np.sin(turn) - y * np.cos(turn) <= np.cos(2 * np.pi / 5) for turn in turns) >= 4
+
+
+# Whether a point belongs to the shape; x to the right and y down, both from -1 to 1.
+SHAPES = {
+    "circle": lambda x, y: x**2 + y**2 <= 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.85,
+    "triangle": lambda x, y: (2 * abs(x) <= y + 0.95) & (y <= 0.85),
+    "star": _star,
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 0.95),
+    "ring": lambda x, y: (0.55**2 <= x**2 + y**2) & (x**2 + y**2 <= 1),
+    "heart": lambda x, y: (1.4 * x**2 + (1.2 * y - 0.1) ** 2 - 1) ** 3 <= -1.6 * x**2 * (1.2 * y - 0.1) ** 3,
+}
+
+
+def is_novel(shape: str, colour: str) -> bool:
+    """Whether the pair is kept for the test."""
+    return (list(COLOURS).index(colour) - list(SHAPES).index(shape)) % len(COLOURS) in (2, 5)
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    size: str
+    row: int
+    column: int
+    shift: tuple[int, int]  # pixels to the right and down, from the middle of its place
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        return PLACES[self.row][self.column]
+
+    @property
+    def novel(self) -> bool:
+        return is_novel(self.shape, self.colour)
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    row: int
+    shift: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]  # in reading order
+    ground: str
+    word: Word | None
+
+
+def random_scene(rng: random.Random, split: str = "train") -> Scene:
+    """Half of the scenes have a group of two, three or four things of one shape or one colour."""
+    if split not in SPLITS:
+        raise ViCAError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    group = rng.choice((1, 1, 1, 2, 3, 4))
+    pairs = _random_pairs(rng, group, rng.randint(group, 4), split)
+    word = _random_word(rng) if rng.random() < 0.5 else None
+    places = [(row, column) for row in range(3) for column in range(3) if word is None or row != word.row]
+    things = []
+    for (row, column), (shape, colour) in zip(rng.sample(places, len(pairs)), pairs):
+        size = rng.choice(tuple(SIZES))
+        room = PLACE - SIZES[size]
+        things.append(Thing(shape, colour, size, row, column, _random_shift(rng, room, room)))
+    things.sort(key=lambda thing: (thing.row, thing.column))
+    return Scene(tuple(things), rng.choice(tuple(GROUNDS)), word)
+
+
+def _random_pairs(rng: random.Random, group: int, count: int, split: str) -> list[tuple[str, str]]:
+    """Shapes with colours. The group has one shape or one colour in common; otherwise nothing occurs twice."""
+    while True:
+        shapes, colours = rng.sample(tuple(SHAPES), count), rng.sample(tuple(COLOURS), count)
+        common = rng.choice((shapes, colours))
+        common[:group] = [common[0]] * group
+        pairs = list(zip(shapes, colours))
+        if any(is_novel(*pair) for pair in pairs) == (split == "test"):
+            return pairs
+
+
+def _random_word(rng: random.Random) -> Word:
+    text = rng.choice(WORDS)
+    shift = _random_shift(rng, SIDE - MARGIN - _width(text), PLACE - letters.HEIGHT)
+    return Word(text, rng.randrange(3), shift)
+
+
+def _random_shift(rng: random.Random, across: int, down: int) -> tuple[int, int]:
+    """Within so many pixels of free room."""
+    return rng.randint(-(across // 2), across // 2), rng.randint(-(down // 2), down // 2)
+
+
+def _width(text: str) -> int:
+    return letters.PITCH * len(text) - (letters.PITCH - letters.WIDTH)
+
+
+def draw(scene: Scene) -> Image.Image:
+    picture = Image.new("RGB", (SIDE, SIDE), GROUNDS[scene.ground])
+    for thing in scene.things:
+        half = SIZES[thing.size] // 2
+        x, y = _middle(thing.column) + thing.shift[0], _middle(thing.row) + thing.shift[1]
+        picture.paste(COLOURS[thing.colour], (x - half, y - half), _shape_mask(thing.shape, 2 * half))
+    if scene.word:
+        ink = GROUNDS["black" if scene.ground in ("white", "grey") else "white"]
+        x = (SIDE - _width(scene.word.text)) // 2 + scene.word.shift[0]
+        y = _middle(scene.word.row) - letters.HEIGHT // 2 + scene.word.shift[1]
+        for place, letter in enumerate(scene.word.text):
+            picture.paste(ink, (x + place * letters.PITCH, y), _letter_mask(letter))
+    return picture
+
+
+def _middle(place: int) -> int:
+    """Of a row or a column, in pixels."""
+    return SIDE // 2 + PLACE * (place - 1)
+
+
+@cache
+def _shape_mask(shape: str, size: int, fine: int = 4) -> Image.Image:
+    y, x = (np.indices((size * fine, size * fine)) + 0.5) * 2 / (size * fine) - 1
+    return Image.fromarray(letters.shrink(SHAPES[shape](x, y), fine))
+
+
+@cache
+def _letter_mask(letter: str) -> Image.Image:
+    return Image.fromarray(letters.cover(letter))
