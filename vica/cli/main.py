@@ -6,9 +6,9 @@ import sys
 import torch
 
 from ..errors import ViCAError
-from . import ask, bench, chat, convert, data, info
+from . import ask, bench, chat, convert, data, info, train
 
-VERBS = {"ask": ask, "chat": chat, "info": info, "convert": convert, "data": data, "bench": bench}
+VERBS = {"ask": ask, "chat": chat, "info": info, "convert": convert, "data": data, "train": train, "bench": bench}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,17 +23,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["train"]:  # whose flags are dataclasses, with a parser of their own
+            return train.run(argv[1:])
+        args = build_parser().parse_args(argv)
         VERBS[args.verb].run(args)
     except ViCAError as error:
-        print(f"vica {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vica {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"vica {args.verb}: {error}", file=sys.stderr)
+        print(f"vica {argv[0]}: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(f"vica {args.verb}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"vica {argv[0]}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

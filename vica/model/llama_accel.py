@@ -3,9 +3,9 @@
     hidden   [N, width]   text of all rows of the batch, packed: first every row's prefix, then the rest
     frozen   [M, width]   visual tokens, never updated; a T2V layer norms and projects them to its own K/V
 
-Prefix first makes "all but the prefix" a slice: where the prefix is frozen, queries start at row `prefix_rows`. Where
-no layer freezes it, it is text like any other.
-The dense variant is the same flow with nothing frozen: its visual tokens are hidden states too.
+Prefix first makes "all but the prefix" a slice: where the prefix is frozen, queries start at row `prefix_rows`.
+The dense variant is the same flow with nothing frozen: its visual tokens are hidden states too, and its prefix is text
+like any other.
 """
 
 from functools import cached_property
@@ -24,7 +24,7 @@ class AccelFlow:
         tokens, plan = call.tokens, call.plan
         live = ~tokens.visual | plan[0].visual_updated
         rows = np.nonzero(live)[0]
-        self.prefix = tokens.prefix & (not all(p.prefix_attends for p in plan))
+        self.prefix = tokens.prefix & (not plan[0].visual_updated)
         self.packed = rows[np.argsort(~self.prefix[rows], kind="stable")]  # token of each hidden row
         self.prefix_rows = int(self.prefix.sum())
         self.frozen_tokens = np.nonzero(~live)[0]

@@ -56,7 +56,7 @@ class TrainArguments(TrainingArguments):
     freeze_mm_mlp_adapter: bool = option(False, "in stage finetune the projector stays as it is")
     unfreeze_mm_vision_tower: bool = option(False, "in stage finetune the tower learns too")
     mm_projector_lr: float | None = option(None, "the projector's own learning rate")
-    model_max_length: int = option(2048, "tokens of a sample, its images counted as one each; what is beyond is cut")
+    model_max_length: int = option(2048, "positions of a sample, visual tokens included; what is beyond is cut")
     group_by_modality_length: bool = option(False, "batches of like lengths, of samples with or without images")
     group_by_length: bool = option(False, "batches of like lengths")
     lora_enable: bool = option(False, "train adapters instead of the language model")

@@ -86,7 +86,7 @@ def loading_dtype(args) -> torch.dtype:
 
 def widen(model, args) -> None:
     """Steps of a small learning rate are lost in half precision: what learns is kept in float32."""
-    if args.hf_deepspeed_config is None:
+    if args.deepspeed_plugin is None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -11,11 +11,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from ..data.collate import Collator
-from ..data.conversation import get_template
 from ..data.samples import open_samples
 from ..data.skipped import Skipped
-from ..data.training import StreamingSet, TrainingSet
+from ..data.training import TrainingSet, TrainingStream
 from ..errors import ViCAError
+from ..model.sizes import visual_tokens
 from . import curve, saving
 from .arguments import parse
 from .build import build, widen
@@ -48,11 +48,11 @@ def train(argv: list[str] | None = None) -> None:
         model = add_adapters(model, args)
     freeze(model, trained)
     widen(model, args)
-    samples = training_set(data_args, args, processor, model_args.version)
+    config = model.get_base_model().config if trained.adapters else model.config
+    samples = training_set(data_args, args, processor, config)
     total = None if isinstance(samples, IterableDataset) else len(samples)
     if args.should_save:
         announce(args, model, total)
-    config = model.get_base_model().config if trained.adapters else model.config
     trainer = ViCATrainer(
         model=model,
         args=args,
@@ -87,14 +87,19 @@ def stay_offline_without_key(folder: str) -> None:
         os.environ["WANDB_MODE"] = "offline"
 
 
-def training_set(data_args, args, processor, version: str):
-    if data_args.streaming and args.max_steps <= 0:
+def training_set(data_args, args, processor, config):
+    options = dict(
+        image_folder=data_args.image_folder,
+        template=config.conversation,
+        max_length=args.model_max_length,
+        visual_tokens=visual_tokens(config),
+    )
+    if not data_args.streaming:
+        return TrainingSet(open_samples(data_args.data_path), processor, **options)
+    if args.max_steps <= 0:
         raise ViCAError("--streaming has no known length: give --max_steps")
-    samples = open_samples(data_args.data_path, streaming=data_args.streaming)
-    kind = StreamingSet if data_args.streaming else TrainingSet
-    more = {"seed": args.data_seed or args.seed} if data_args.streaming else {}
-    template = get_template(version)
-    return kind(samples, processor, data_args.image_folder, template, args.model_max_length, **more)
+    stream = open_samples(data_args.data_path, streaming=True)
+    return TrainingStream(stream, processor, seed=args.data_seed or args.seed, **options)
 
 
 def announce(args, model, total: int | None) -> None:
@@ -125,7 +130,8 @@ def finish(trainer: ViCATrainer) -> None:
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         saving.publish_files(staging, output)
         curve.draw(output / "loss.png", trainer.state.log_history)
-        print(trainer.skipped.summary())
+        if trainer.skipped.count:
+            print(f"{trainer.skipped.count} samples were left out; {trainer.skipped.file} says why")
         print(f"wrote {output}", flush=True)
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()  # else some exits end in an abort, after all is done

@@ -64,6 +64,7 @@ class ViCATrainer(Trainer):
     # --- a step ---
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.skipped.saw(len(inputs["sample_ids"]) + len(inputs["broken"]))
         for broken in inputs["broken"]:
             self.skipped.add(broken)
         self.meter.count(inputs)
