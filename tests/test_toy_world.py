@@ -169,7 +169,7 @@ def drawn(split: str, count: int, seed: int = 0):
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_are_what_the_picture_shows(split):
     kinds = Counter()
-    for scene, rng in drawn(split, 200):
+    for scene, rng in drawn(split, 100):
         eyes = Eyes(scene, draw(scene))
         assert len(eyes.things) == len(scene.things)
         for question in ask(scene, rng):
@@ -184,7 +184,22 @@ def test_answers_are_what_the_picture_shows(split):
             assert prompt in (LETTER, LETTER_CHINESE) and [o[:3] for o in options] == ["A. ", "B. ", "C. ", "D. "]
             right = [o[0] for o in options if o[3:] == eyes.answer(text)]
             assert right == [question.answer] and len({*options}) == 4, question
-    assert set(kinds) == set(KINDS) and min(kinds.values()) > 50
+    assert set(kinds) == set(KINDS) and min(kinds.values()) > 20
+
+
+def test_captions_say_what_the_picture_shows():
+    place = "(?:top |centre |bottom )?(?:left|centre|right)"
+    for scene, rng in drawn("train", 80):
+        eyes, text = Eyes(scene, draw(scene)), caption(scene, rng)
+        found = re.findall(rf"[aA] (large|small) (\w+ \w+) at the ({place})", text)
+        assert [name for _, name, _ in found] == [thing.name for thing in scene.things]
+        for size, name, where in found:
+            assert (eyes.the(name)["width"] > 24) == (size == "large") and eyes.place(name) == where
+        assert eyes.ground() in text and not text[0].islower() and text[-1] == "."
+        said = re.search(r"(The word|At the) (\w+) (is written at the|it says) (\w+)\.", text)
+        assert (said is None) == (scene.word is None)
+        if said:
+            assert {said[2], said[4]} == {scene.word.text, ("top", "centre", "bottom")[scene.word.row]}
 
 
 def test_chinese_names():
@@ -284,7 +299,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_a_seed_is_a_world(folder, tmp_path):
     files = contents(folder)
-    assert len(files) == 60 + 10 + 3
+    assert len(files) == 60 + 10 + 3 == len({*files.values()})
     command = [sys.executable, "-m", "vica.toy.write", "--folder", str(tmp_path / "again")]
     options = ["--train", "60", "--test", "10", "--seed", "3"]
     done = subprocess.run(
