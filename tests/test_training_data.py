@@ -297,6 +297,11 @@ def test_sources_that_cannot_be_opened(tmp_path):
     }.items():
         with pytest.raises(ViCAError, match=complaint):
             open_samples(tmp_path / name)
+    pytest.importorskip("datasets")
+    for name in ("cut.parquet", "state.json"):
+        (tmp_path / name).write_text("PAR1")
+        with pytest.raises(ViCAError, match="cannot be opened"):
+            open_samples(tmp_path if name == "state.json" else tmp_path / name)
     with pytest.raises(ViCAError, match="no training data"):
         open_samples([])
 

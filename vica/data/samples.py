@@ -190,20 +190,24 @@ def _open_parquet(path: str, streaming: bool, files: list):
 
 
 def _open_table(path: str, streaming: bool, *where, **options):
-    try:
-        dataset = _datasets().load_dataset(*where, split="train", streaming=streaming, **options)
-    except Exception as error:  # whatever a broken file, a wrong name or no network makes `datasets` raise
-        raise ViCAError(f"{path} cannot be opened: {' '.join(str(error).split()) or type(error).__name__}") from error
-    return _checked(path, dataset)
+    return _checked(path, _loaded(path, "load_dataset", *where, split="train", streaming=streaming, **options))
 
 
 def _open_saved(path: str, streaming: bool):
-    dataset = _datasets().load_from_disk(path)
+    dataset = _loaded(path, "load_from_disk", path)
     if isinstance(dataset, dict):
         if "train" not in dataset:
             raise ViCAError(f"{path} has no part named train, but {', '.join(dataset)}")
         dataset = dataset["train"]
     return _checked(path, dataset.to_iterable_dataset() if streaming else dataset)
+
+
+def _loaded(path: str, how: str, *where, **options):
+    function = getattr(_datasets(), how)
+    try:
+        return function(*where, **options)
+    except Exception as error:  # whatever a broken file, a wrong name or no network makes `datasets` raise
+        raise ViCAError(f"{path} cannot be opened: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _checked(path: str, dataset):
