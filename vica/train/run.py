@@ -75,8 +75,17 @@ def prepare(args) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.should_save:
         saving.clear_unfinished(args.output_dir)
+    join_ranks(args)
     if "wandb" in args.report_to:
         stay_offline_without_key(args.output_dir)
+
+
+def join_ranks(args) -> None:
+    """Before the model is built: ZeRO-3 shards it while it is loaded, and would take itself for alone."""
+    if args.device and args.deepspeed_plugin is not None:
+        import deepspeed
+
+        deepspeed.init_distributed()
 
 
 def stay_offline_without_key(folder: str) -> None:
@@ -133,7 +142,8 @@ def finish(trainer: ViCATrainer) -> None:
         if trainer.skipped.count:
             print(f"{trainer.skipped.count} samples were left out; {trainer.skipped.file} says why")
         print(f"wrote {output}", flush=True)
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_deepspeed_enabled:
-        trainer.model_wrapped.destroy()  # else some exits end in an abort, after all is done
+        trainer.model_wrapped.destroy()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
