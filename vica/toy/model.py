@@ -1,5 +1,6 @@
 """A model small enough to build in a second, complete with tower, tokenizer and processor. Its weights are random."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,17 +23,22 @@ CORPUS = [
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
+    prompt = get_template("vicuna_v1").render([("user", CORPUS[0])])
+    return train_tokenizer([prompt, *CORPUS], VOCABULARY)
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Bytes, and whatever is frequent in `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    prompt = get_template("vicuna_v1").render([("user", CORPUS[0])])
-    tokenizer.train_from_iterator([prompt, *CORPUS], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"

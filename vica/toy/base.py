@@ -1,0 +1,141 @@
+"""What the miniature recipe starts from, made from a toy world: tokenizer, CLIP tower and language model.
+
+    llm/     a small Llama and its tokenizer, trained on the world's language
+    tower/   the vision half of a small CLIP, trained to tell which caption belongs to which picture
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ..data.conversation import get_template
+from ..errors import ViCAError
+from ..loading import check_device
+from .language import language
+from .model import train_tokenizer
+from .world import SIDE
+
+WORDS = 600  # of the tokenizer
+LAYERS, WIDTH, HEADS, INNER = 12, 192, 6, 512
+TOWER = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, projection_dim=128)
+CAPTION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128)
+POSITIONS = 2048
+CAPTION_TOKENS = 72
+SCENES = 20000  # whose sentences the language model reads
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vica.toy.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--world", type=Path, required=True, help="folder that vica.toy.write made")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tower-steps", type=int, default=4000, metavar="N")
+    parser.add_argument("--language-steps", type=int, default=2000, metavar="N")
+    parser.add_argument("--batch", type=int, default=256, help="pictures a step; a quarter as many texts of 256 tokens")
+    parser.add_argument("--device")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        build(args)
+    except (ViCAError, OSError) as error:
+        print(f"vica.toy.base: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build(args) -> None:
+    device = check_device(args.device)
+    torch.manual_seed(args.seed)
+    texts = list(language(SCENES, args.seed))
+    tokenizer = train_tokenizer([get_template("vicuna_v1").render([("user", "")]), *texts[:20000]], WORDS)
+    model = language_model(tokenizer, texts, args, device)
+    model.save_pretrained(args.out / "llm")
+    tokenizer.save_pretrained(args.out / "llm")
+    clip = contrastive(tokenizer, args, device)
+    clip.vision_model.config.architectures = ["CLIPVisionModel"]
+    clip.vision_model.save_pretrained(args.out / "tower")
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(args.out / "tower")
+
+
+def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, device) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device)
+    ids = np.concatenate([[*row, 2] for row in tokenizer(texts).input_ids])
+    rows = torch.from_numpy(ids[: len(ids) // 256 * 256].reshape(-1, 256)).to(device)
+
+    def loss(step: int) -> torch.Tensor:
+        some = rows[torch.randint(len(rows), (max(1, args.batch // 4),), device=device)]
+        return model(input_ids=some, labels=some).loss
+
+    return learn(model, loss, args.language_steps, 1e-3, "language model", device)
+
+
+def contrastive(tokenizer: PreTrainedTokenizerFast, args, device) -> CLIPModel:
+    pixels, captions = read_pictures(args.world)
+    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=CAPTION_TOKENS, return_tensors="pt")
+    pixels, texts, mask = pixels.to(device), ids.input_ids.to(device), ids.attention_mask.to(device)
+    tokens = dict(vocab_size=len(tokenizer), max_position_embeddings=CAPTION_TOKENS, bos_token_id=1, eos_token_id=2,
+                  pad_token_id=3)  # fmt: skip
+    tower = dict(TOWER, image_size=SIDE, patch_size=14)
+    config = CLIPConfig(text_config=dict(CAPTION, **tokens), vision_config=tower, projection_dim=128)
+    model = CLIPModel(config).to(device)
+    mean, std = (torch.tensor(getattr(CLIPImageProcessorPil(), f"image_{x}"), device=device) for x in ("mean", "std"))
+
+    def loss(step: int) -> torch.Tensor:
+        some = torch.randperm(len(pixels), device=device)[: args.batch]
+        seen = (pixels[some].float() / 255 - mean[:, None, None]) / std[:, None, None]
+        return model(input_ids=texts[some], attention_mask=mask[some], pixel_values=seen, return_loss=True).loss
+
+    return learn(model, loss, args.tower_steps, 1e-3, "tower", device)
+
+
+def read_pictures(world: Path) -> tuple[torch.Tensor, list[str]]:
+    try:
+        samples = json.loads((world / "pretrain.json").read_text())
+    except FileNotFoundError:
+        raise ViCAError(f"{world} holds no pretrain.json: make it with python -m vica.toy.write") from None
+    pixels = np.empty((len(samples), 3, SIDE, SIDE), np.uint8)
+    for place, sample in enumerate(tqdm(samples, desc="pictures", disable=None)):
+        pixels[place] = np.asarray(Image.open(world / "images" / sample["image"]).convert("RGB")).transpose(2, 0, 1)
+    return torch.from_numpy(pixels), [sample["conversations"][1]["value"] + "</s>" for sample in samples]
+
+
+def learn(model, loss, steps: int, rate: float, name: str, device):
+    """AdamW with a short rise of the rate and a cosine's fall."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    rise = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, 0.5 * (1 + np.cos(np.pi * step / steps)))
+    )
+    model.train()
+    with tqdm(range(steps), desc=name, disable=None) as bar:
+        for step in bar:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                value = loss(step)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step % 50 == 0 or step == steps - 1:
+                bar.set_postfix(loss=f"{value.item():.3f}")
+    print(f"{name}: loss {value.item():.3f} after {steps} steps", flush=True)
+    return model.eval().cpu()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
