@@ -88,6 +88,8 @@ WRONG = {
     "an image too large": (wrong((5, IMAGE, 6), [torch.zeros(50, 32)]), "take 12800 bytes, image_memory_bytes is 12"),
     "images too large": (wrong((5, IMAGE, 6, IMAGE, 6), [torch.ones(24, 32)] * 2), "take 12288 bytes"),
     "no tokens asked for": (wrong(max_new_tokens=0), "max_new_tokens is 0; it must be a whole number from 1"),
+    "True tokens": (wrong(max_new_tokens=True), "max_new_tokens is True"),
+    "True as seed": (wrong(temperature=1.0, seed=True), "seed is True"),
     "half a token": (wrong(max_new_tokens=1.5), "max_new_tokens is 1.5"),
     "negative temperature": (wrong(temperature=-0.5), "temperature is -0.5; it must be a number from 0"),
     "NaN as temperature": (wrong(temperature=float("nan")), "temperature is nan"),

@@ -154,7 +154,8 @@ class Scheduler:
         if layout.total > runner.width:
             raise ViCAError(f"the prompt takes {layout.total} positions, the model has {runner.width}")
         done = len(sequence.tokens)
-        sequence.most = min(request.max_new_tokens, done + runner.width - layout.total + 1)
+        # int and float: numpy's small numbers would overflow in what is made of them
+        sequence.most = min(int(request.max_new_tokens), done + runner.width - layout.total + 1)
         try:
             slots, held = self._take_slots(sequence, layout, len(layout) + sequence.most - done - 1)
             sequence.row = Row(layout, 0, slots, held)
@@ -163,7 +164,8 @@ class Scheduler:
             self._give_back(sequence)
             raise
         if request.temperature > COLDEST:
-            sequence.row.sampling = (request.temperature, min(request.top_k, 2**31), request.top_p, sequence.seed)
+            top_k, top_p = min(int(request.top_k), 2**31), float(request.top_p)
+            sequence.row.sampling = (float(request.temperature), top_k, top_p, int(sequence.seed))
         sequence.row.lane = self.lanes.pop()
         sequence.launched, sequence.prompt_tokens = done, prepared.layout.total
         self.waiting.remove(sequence)
