@@ -6,6 +6,7 @@ import re
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +25,8 @@ from tests.engines import (
     words,
 )  # fmt: skip
 from vica.engine import Engine, Request, runner
+from vica.engine.budget import out_of_memory
+from vica.engine.graphs import Graphs
 from vica.toy.model import build
 
 GOOD = [[3, ("image", 1), 4], [5], [4, ("image", 0), ("image", 1), 2]]
@@ -338,14 +341,14 @@ def test_two_thousand_requests_leave_nothing(model):
 # --- out of memory ---
 
 
-def out_of_memory(engine, name: str, when) -> list[int]:
+def short(engine, name: str, when, error=None) -> list[int]:
     """Lets a pass of the runner fail where `when(number of requests, number of call)`; the sizes that were tried."""
     work, sizes = getattr(engine.runner, name), []
 
     def maybe(first, *rest):
         sizes.append(len(first.rows if name == "decode" else first))
         if when(sizes[-1], len(sizes)):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory") if error is None else error()
         return work(first, *rest)
 
     setattr(engine.runner, name, maybe)
@@ -368,7 +371,7 @@ def many_want(model):
 @pytest.mark.parametrize("most", [1, 3])
 def test_passes_that_are_too_large(model, many_want, name, most):
     engine = watched(small_engine(model, max_batch=8, keep_images=name != "image_kv"))
-    sizes = out_of_memory(engine, name, lambda size, _: size > most)
+    sizes = short(engine, name, lambda size, _: size > most)
     for _ in range(2):
         assert [r.tokens for r in engine.generate(many())] == many_want
     assert max(sizes) > most and sum(size > most for size in sizes) < 6, "it learns what fits"
@@ -380,9 +383,85 @@ def test_passes_that_are_too_large(model, many_want, name, most):
 def test_memory_that_is_short_once(model, many_want, name, call):
     for max_batch in (1, 8):
         engine = watched(small_engine(model, max_batch=max_batch))
-        out_of_memory(engine, name, lambda _, n: n == call)
+        short(engine, name, lambda _, n: n == call)
         assert [r.tokens for r in engine.generate(many())] == many_want
         assert_idle(engine)
+
+
+def broken_capture(text: str) -> RuntimeError:
+    """What torch raises at the end of a capture in which another error came first."""
+    error = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError(text)
+    return error
+
+
+SHORT = {
+    "CUDA": lambda: torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+    "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "Triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
+    "a capture": lambda: broken_capture("CUDA driver error: out of memory"),
+}
+
+
+@pytest.mark.parametrize("whose", SHORT)
+def test_other_words_for_short_memory(model, many_want, whose):
+    """What was captured goes, too: its memory is of use to no other pass."""
+    engine = watched(small_engine(model))
+    engine.runner.graphs.graphs["decode"] = "captured"
+    short(engine, "decode", lambda _, n: n == 2, SHORT[whose])
+    assert [r.tokens for r in engine.generate(many())] == many_want
+    assert not engine.runner.graphs.graphs
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_a_failed_pass_is_gone_when_memory_is_freed(model, name):
+    """The error that tells of it holds its tensors."""
+    engine, tensors, gone = small_engine(model), [], []
+    work, free = getattr(engine.runner, name), engine.scheduler._free_memory
+
+    def once(*arguments):
+        activations = torch.zeros(3)
+        if not tensors:
+            tensors.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError
+        return work(*arguments)
+
+    setattr(engine.runner, name, once)
+    engine.scheduler._free_memory = lambda: gone.append(tensors[0]() is None) or free()
+    engine.generate(many()[:2])
+    assert gone == [True]
+
+
+def test_other_errors_are_not_short_memory():
+    for error in (ValueError("out of memory"), RuntimeError("device-side assert"), broken_capture("illegal address")):
+        assert not out_of_memory(error)
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**50)
+    assert out_of_memory(found.value)
+
+
+def test_a_capture_that_fails_is_forgotten(monkeypatch):
+    """The next run of its pass is plain again, the one after it is captured."""
+    graphs, ran = Graphs(torch.device("cpu"), enabled=True), []
+
+    def run():
+        graphs.run(("pass",), dict(x=np.zeros(1)), dict(x=1), lambda _: ran.append("plainly"))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    class Captured:
+        def replay(self):
+            ran.append("replayed")
+
+    monkeypatch.setattr(graphs, "_capture", fail)
+    run()
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    assert not graphs.inputs and not graphs.graphs and graphs.pool is None
+    monkeypatch.setattr(graphs, "_capture", lambda *_: (Captured(), None))
+    run(), run()
+    assert ran == ["plainly", "plainly", "replayed"]
 
 
 def test_memory_that_is_short_while_tokens_are_drawn(model, monkeypatch):
@@ -412,7 +491,7 @@ def test_memory_that_is_never_enough(model, many_want, name):
     """Each fails with the reason; what needs no such pass is answered."""
     engine = watched(small_engine(model))
     work = getattr(engine.runner, name)
-    out_of_memory(engine, name, lambda size, _: size)
+    short(engine, name, lambda size, _: size)
     blind = request_of([4], max_new_tokens=1)
     *results, answered = engine.generate([*many(), blind])
     failed = [r for r in results if r.error]
@@ -451,7 +530,7 @@ def test_one_that_never_fits_among_others(model, many_want):
 def test_streams_go_on_after_memory_was_short(model, many_want):
     """Answers so far are kept, and no token is given twice."""
     engine = watched(small_engine(model, max_batch=5))
-    out_of_memory(engine, "decode", lambda _, n: n % 5 == 2)
+    short(engine, "decode", lambda _, n: n % 5 == 2)
     got, requests = {}, many()
     for request, token in engine.stream(requests):
         got.setdefault(request, []).append(int(token))

@@ -10,6 +10,9 @@ from ..model.sizes import kv_bytes as bytes_of_tokens
 CPU_BYTES = 2**30  # of text K/V, and of images, on a CPU
 RESERVE = 0.1  # of a card's memory for activations and captured graphs
 MAX_BATCH = {"cuda": 256, "cpu": 16}
+# How it is told that memory is short: by CUDA and Triton, CUDA's error codes, cuBLAS and cuDNN, torch on a CPU.
+SHORT = ("out of memory", "out_of_memory", "cudaerrormemoryallocation", "alloc_failed", "allocation_failed",
+         "defaultcpuallocator")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,14 @@ def shares(model, kv_bytes: int | None, image_bytes: int | None, window_bytes: i
     share = 0.05 if model.config.plan[0].visual_updated else 0.5  # dense keeps features only
     images = int(share * room) if image_bytes is None else image_bytes
     return max(room - images, min(window_bytes, free // 2)), images
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Also where torch has no type for it, and where it broke a capture, whose own error then comes instead."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    hidden = error.__context__ if "captur" in text else None
+    return any(sign in text for sign in SHORT) or hidden is not None and out_of_memory(hidden)

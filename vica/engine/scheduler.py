@@ -8,6 +8,7 @@ A request takes all the slots it may need when it enters: what runs can always g
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import ViCAError
+from .budget import out_of_memory
 from .inputs import ImageInput, Inputs, Prepared
 from .layout import Layout
 from .memory import FEATURES, Entry, ImageMemory
@@ -220,14 +222,13 @@ class Scheduler:
 
     def _enter(self, entering: list[Sequence]) -> None:
         try:
-            self._compute_images(entering)
-            tokens = self.runner.prefill([s.row for s in entering])
-        except torch.OutOfMemoryError:
-            self._retreat(entering)
-            return
+            tokens = unless_out_of_memory(lambda: self._first_tokens(entering))
         except BaseException:
             self._send_back(entering)
             raise
+        if tokens is None:
+            self._retreat(entering)
+            return
         self.entered = now = time.perf_counter()
         for sequence in entering:
             sequence.admitted = sequence.admitted or now
@@ -235,6 +236,10 @@ class Scheduler:
         self.active += entering
         self.batch = None
         self._launched(tokens, entering)
+
+    def _first_tokens(self, entering: list[Sequence]) -> torch.Tensor:
+        self._compute_images(entering)
+        return self.runner.prefill([s.row for s in entering])
 
     def _compute_images(self, entering: list[Sequence]) -> None:
         """Fills the new entries: pixels to features, features to K/V."""
@@ -276,9 +281,9 @@ class Scheduler:
             return
         if self.batch is None:
             self.batch = self.runner.batch([s.row for s in running])
-        try:
-            tokens = self.runner.decode(self.batch, max(s.length for s in running))
-        except torch.OutOfMemoryError:
+        longest = max(s.length for s in running)
+        tokens = unless_out_of_memory(lambda: self.runner.decode(self.batch, longest))
+        if tokens is None:
             self._thin_out(running)
             return
         for sequence in running:
@@ -430,5 +435,16 @@ class Scheduler:
 
     def _free_memory(self) -> None:
         self.memory.clear()
+        self.runner.graphs.clear()
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def unless_out_of_memory(work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """None leaves nothing behind: an error that is still being handled holds the tensors of the pass that failed."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
