@@ -24,7 +24,7 @@ from tests.engines import (
     watched,
     words,
 )  # fmt: skip
-from vica.engine import Engine, Request, runner
+from vica.engine import Engine, Request, runner, scheduler
 from vica.engine.budget import out_of_memory
 from vica.engine.graphs import Graphs
 from vica.toy.model import build
@@ -503,6 +503,29 @@ def test_memory_that_is_never_enough(model, many_want, name):
     assert_idle(engine)
     setattr(engine.runner, name, work)
     assert [r.tokens for r in engine.generate(many())] == many_want, "and it goes on when there is memory again"
+
+
+def test_one_that_fits_only_when_others_have_left(model, many_want, monkeypatch):
+    """It is not tried again with every token of theirs, and answered in the end."""
+    monkeypatch.setattr(scheduler, "PATIENCE", 0)
+    engine, beside = watched(small_engine(model, max_batch=8)), []
+    prefill = engine.runner.prefill
+
+    def crowded(rows):
+        if any(len(row.layout) == 60 for row in rows):
+            beside.append(len(engine.scheduler.active) + len(rows) - 1)
+            if beside[-1] > 1:
+                raise torch.OutOfMemoryError
+        return prefill(rows)
+
+    engine.runner.prefill = crowded
+    others = [request_of([3], max_new_tokens=9 * n, ignore_eos=True) for n in range(1, 8)]
+    large = request_of([60], max_new_tokens=5)
+    results = engine.generate([*others, large, *many()])
+    assert [r.tokens for r in results[:8]] == [alone(model, r) for r in (*others, large)]
+    assert [r.tokens for r in results[8:]] == many_want
+    assert beside[-1] <= 1 and len(beside) < 6
+    assert_idle(engine)
 
 
 def test_one_that_never_fits_among_others(model, many_want):

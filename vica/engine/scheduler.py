@@ -101,7 +101,7 @@ class Scheduler:
     def _choose(self) -> list[Sequence]:
         """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
         other as long as others run, and for a moment if none does."""
-        free = min(len(self.lanes), self.most_active - len(self.active))
+        free = max(0, min(len(self.lanes), self.most_active - len(self.active)))
         if self.active or self.in_flight:
             wanted = min(len(self.waiting), max(1, self.most_active // 4))
             if not wanted or not free:
@@ -397,15 +397,18 @@ class Scheduler:
     # --- out of memory ---
 
     def _retreat(self, entering: list[Sequence]) -> None:
-        """An entry that did not fit is tried again with half as many rows."""
+        """An entry that did not fit is tried again with half as many rows; a single request when half of what runs
+        has left."""
         rows = sum(len(s.row.layout) - s.row.held for s in entering)
         log.warning("out of memory while %d requests entered with %d rows", len(entering), rows)
         self._send_back(entering)
         self._free_memory()
-        if len(entering) == 1:
-            self._fail_second_time(entering[0])
-        else:
+        if len(entering) > 1:
             self.prefill_rows = min(self.prefill_rows, max(1, rows // 2))
+        elif self.active or self.in_flight:
+            self.most_active = max(1, len(self.active) // 2)
+        else:
+            self._fail_second_time(entering[0])
 
     def _thin_out(self, running: list[Sequence]) -> None:
         """After a step that did not fit at most half as many run. All enter again with their answers so far: a step
