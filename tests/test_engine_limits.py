@@ -24,8 +24,8 @@ from tests.engines import (
     watched,
     words,
 )  # fmt: skip
-from vica.engine import Engine, Request, runner, scheduler
-from vica.engine.budget import out_of_memory
+from vica.engine import Engine, Request, budget, runner, scheduler
+from vica.engine.budget import Limits, out_of_memory
 from vica.engine.graphs import Graphs
 from vica.toy.model import build
 
@@ -503,6 +503,29 @@ def test_memory_that_is_never_enough(model, many_want, name):
     assert_idle(engine)
     setattr(engine.runner, name, work)
     assert [r.tokens for r in engine.generate(many())] == many_want, "and it goes on when there is memory again"
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_what_memory_has_limited_grows_back(model, many_want, monkeypatch, name):
+    monkeypatch.setattr(budget, "CALM", 4)
+    monkeypatch.setattr(scheduler, "PATIENCE", 5)  # all are there when the first enter
+    engine = watched(small_engine(model, max_batch=8))
+    sizes = short(engine, name, lambda _, n: n <= 2)
+    for _ in range(2):
+        assert [r.tokens for r in engine.generate(many())] == many_want
+    assert sizes[0] == max(sizes[3:]) == engine.scheduler.limits.requests == 8
+
+
+def test_what_does_not_fit_is_not_tried_for_ever():
+    """Of 256 requests 100 fit: that is found out less and less often."""
+    limits, failures = Limits(256, 8192), 0
+    for _ in range(100_000):
+        if limits.requests > 100:
+            limits.lower(limits.requests // 2)
+            failures += 1
+        else:
+            limits.a_pass_went_well()
+    assert failures < 20 and limits.rows == 8192 and limits.requests >= 50
 
 
 def test_one_that_fits_only_when_others_have_left(model, many_want, monkeypatch):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import ViCAError
-from .budget import out_of_memory
+from .budget import Limits, out_of_memory
 from .inputs import ImageInput, Inputs, Prepared
 from .layout import Layout
 from .memory import FEATURES, Entry, ImageMemory
@@ -74,16 +74,14 @@ class Scheduler:
         self, runner: Runner, inputs: Inputs, memory: ImageMemory, ends: set[int], max_batch: int, keep_prefix: bool
     ):
         self.runner, self.inputs, self.memory, self.ends = runner, inputs, memory, ends
-        self.max_batch, self.keep_prefix = max_batch, keep_prefix
+        self.limits, self.keep_prefix = Limits(max_batch, PREFILL_ROWS), keep_prefix
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
         self.leaving: set[Sequence] = set()  # whose last tokens are still in flight
         self.lanes = list(range(max_batch, 0, -1))  # lane 0 is the runner's
         self.in_flight: deque[tuple[torch.Tensor, object, list[Sequence]]] = deque()
         self.batch: Batch | None = None
-        self.prefill_rows = PREFILL_ROWS
         self.entered = 0.0  # when requests last entered
-        self.most_active = max_batch
 
     @property
     def busy(self) -> bool:
@@ -101,9 +99,9 @@ class Scheduler:
     def _choose(self) -> list[Sequence]:
         """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
         other as long as others run, and for a moment if none does."""
-        free = max(0, min(len(self.lanes), self.most_active - len(self.active)))
+        free = max(0, min(len(self.lanes), self.limits.requests - len(self.active)))
         if self.active or self.in_flight:
-            wanted = min(len(self.waiting), max(1, self.most_active // 4))
+            wanted = min(len(self.waiting), max(1, self.limits.requests // 4))
             if not wanted or not free:
                 return []
             ready = self._ready()
@@ -139,7 +137,7 @@ class Scheduler:
             try:
                 prepared = sequence.prepared.result()
                 layout = prepared.layout.continued(sequence.tokens)
-                if entering and rows + len(layout) > self.prefill_rows:
+                if entering and rows + len(layout) > self.limits.rows:
                     break
                 self._take(sequence, layout, prepared)
             except NoRoom:
@@ -293,6 +291,7 @@ class Scheduler:
     def _launched(self, tokens: torch.Tensor, sequences: list[Sequence]) -> None:
         """A sequence whose last token is on its way has no use for its lane, slots and images: whatever others do with
         them, the device does later."""
+        self.limits.a_pass_went_well()
         for sequence in sequences:
             sequence.launched += 1
             if sequence.launched == sequence.most:
@@ -404,9 +403,9 @@ class Scheduler:
         self._send_back(entering)
         self._free_memory()
         if len(entering) > 1:
-            self.prefill_rows = min(self.prefill_rows, max(1, rows // 2))
+            self.limits.lower(rows=rows // 2)
         elif self.active or self.in_flight:
-            self.most_active = max(1, len(self.active) // 2)
+            self.limits.lower(requests=len(self.active) // 2)
         else:
             self._fail_second_time(entering[0])
 
@@ -415,13 +414,13 @@ class Scheduler:
         that failed may have moved the lanes on already."""
         while self.in_flight:
             self._harvest()
-        log.warning("out of memory in a step of %d requests: at most half as many from now on", len(running))
+        log.warning("out of memory in a step of %d requests: at most half as many for now", len(running))
         left = [s for s in running if s.result is None]
         for sequence in left:
             self.active.remove(sequence)
         self._send_back(left)
         self._free_memory()
-        self.most_active = max(1, len(running) // 2)
+        self.limits.lower(requests=len(running) // 2)
         if len(running) == 1 and left:
             self._fail_second_time(left[0])
 
