@@ -6,6 +6,7 @@ A request takes all the slots it may need when it enters: what runs can always g
 """
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -215,8 +216,8 @@ class Scheduler:
             known = self.memory.find(image.key)
             if known is not None and known.tensor is not None:
                 image.features = known.tensor
-            else:
-                self.inputs.load(image, source)
+            elif self.inputs.load(image, source) is not image:
+                raise ViCAError(f"image {os.fspath(source)!r} has changed while its request waited")
 
     def _enter(self, entering: list[Sequence]) -> None:
         try:
