@@ -199,7 +199,6 @@ def test_first_tokens_come_before_last_ones(endless):
 def test_cancelled(endless, want):
     engine, requests = watched(small_engine(endless, max_batch=3)), asked()
     first, waiting, third = requests[0], requests[5], requests[2]
-    engine.cancel(first)  # unknown yet: nothing to cancel
     count = 0
     for _ in engine.stream(requests):
         count += 1
@@ -217,6 +216,19 @@ def test_cancelled(endless, want):
     assert waiting.result.tokens == [] and waiting.result.first_token_s is None and first.result.tokens
     assert_idle(engine)
     assert_good_as_new(engine, want)
+
+
+def test_cancelled_before_its_turn(endless, want):
+    """Whether the engine has drawn it or not. Asked again it is answered; when it has its result, it is too late."""
+    engine, requests = watched(small_engine(endless, max_batch=1)), asked()
+    for n, _ in enumerate(engine.stream(iter(requests))):
+        if n == 0:
+            engine.cancel(requests[8])
+    assert (requests[8].result.finish_reason, requests[8].result.tokens) == ("cancelled", [])
+    assert [r.result.tokens for r in requests[:8]] == want[:8]
+    engine.cancel(requests[0])
+    assert [r.tokens for r in engine.generate(requests)] == want
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("after", [1, 2, 7, 30])

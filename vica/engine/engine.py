@@ -90,10 +90,8 @@ class Engine:
                 yield request, token
 
     def cancel(self, request: Request) -> None:
-        """Its result comes with what it has so far."""
-        for sequence in (*self.scheduler.waiting, *self.scheduler.active, *self.scheduler.leaving):
-            if sequence.request is request:
-                sequence.cancelled = True
+        """Its result comes with what it has so far, or where it is still to be drawn, as soon as it is."""
+        request.cancelled = request.result is None
 
     def warm_up(self, batches: Iterable[int] = (1, 8, 64), text: int = 60) -> float:
         """Compiles and captures what batches of these sizes, with prompts of so much text, would otherwise wait for at
@@ -127,15 +125,14 @@ class Engine:
                     scheduler.step()
                 while sink:
                     sequence, token, result = sink.popleft()
-                    if result is not None:
-                        sequence.request.result = result
+                    deliver(sequence, result)
                     yield places[sequence] if result is None else places.pop(sequence), sequence.request, token
         finally:
             for sequence in places:
                 sequence.cancelled = True
             scheduler.drop_cancelled()
             for sequence, _, result in sink:
-                sequence.request.result = result or sequence.request.result
+                deliver(sequence, result)
 
     def _submit(self, request: Request, sink: deque, streaming: bool) -> Sequence:
         if not isinstance(request, Request):
@@ -148,6 +145,11 @@ class Engine:
         sequence = Sequence(request, prepared, seed, stream, sink, streaming)
         self.scheduler.waiting.append(sequence)
         return sequence
+
+
+def deliver(sequence: Sequence, result: Result | None) -> None:
+    if result is not None:
+        sequence.request.result, sequence.request.cancelled = result, False
 
 
 def warn_of_ignored(generation_config) -> None:

@@ -35,6 +35,7 @@ class Request:
     ignore_eos: bool = False
     id: Any = None  # the caller's own name for it
     result: "Result | None" = field(default=None, init=False, repr=False)
+    cancelled: bool = field(default=False, init=False, repr=False)  # by `Engine.cancel`, until its result is there
 
     @classmethod
     def ask(cls, question: str, images=(), **options) -> "Request":

@@ -48,7 +48,7 @@ class Sequence:
     prompt_tokens: int = 0
     admitted: float | None = None
     first_token: float | None = None
-    cancelled: bool = False
+    cancelled: bool = False  # with all of its stream
     retried: bool = False  # after memory was too short for it alone
     result: Result | None = None
     # while it has a lane:
@@ -387,7 +387,8 @@ class Scheduler:
         sequence.makes_prefix, sequence.entries = False, []
 
     def drop_cancelled(self) -> None:
-        for sequence in [s for s in (*self.waiting, *self.active, *self.leaving) if s.cancelled]:
+        known = (*self.waiting, *self.active, *self.leaving)
+        for sequence in [s for s in known if s.cancelled or s.request.cancelled]:
             self._finish(sequence, "cancelled")
         if (
             not self.active and not self.leaving
