@@ -8,10 +8,12 @@ for request, token in engine.stream(requests): ...
 import logging
 import os
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -70,7 +72,7 @@ class Engine:
         eos = model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
         self.scheduler = Scheduler(self.runner, self.inputs, self.image_memory, ends, budget.max_batch, keep_prefix)
-        self.max_batch = budget.max_batch
+        self.max_batch, self.turn = budget.max_batch, threading.Lock()
 
     def generate(self, requests: Iterable[Request], progress: bool = False) -> list[Result]:
         """The results, in order. A request that fails says why in its result; the others are answered."""
@@ -107,7 +109,7 @@ class Engine:
                 if failed := [r.error for r in results if r.error]:
                     raise ViCAError(f"warming up with {size} requests failed: {failed[0]}")
                 if vision is not None:
-                    with torch.inference_mode():
+                    with self._alone(), torch.inference_mode():
                         self.runner.encode(np.zeros((size, 3, vision.image_size, vision.image_size), np.float32))
         self.image_memory.clear(set(self.image_memory.entries) - held)
         return time.perf_counter() - start
@@ -120,19 +122,39 @@ class Engine:
             while more or places:
                 while more and len(scheduler.waiting) < AHEAD * self.max_batch:
                     if more := (following := next(source, None)) is not None:
-                        places[self._submit(following[1], sink, streaming)] = following[0]
-                with torch.inference_mode():
+                        with self._alone():
+                            places[self._submit(following[1], sink, streaming)] = following[0]
+                with self._alone(), torch.inference_mode():
                     scheduler.step()
                 while sink:
                     sequence, token, result = sink.popleft()
                     deliver(sequence, result)
                     yield places[sequence] if result is None else places.pop(sequence), sequence.request, token
         finally:
-            for sequence in places:
-                sequence.cancelled = True
-            scheduler.drop_cancelled()
-            for sequence, _, result in sink:
-                deliver(sequence, result)
+            self._leave(places, sink)
+
+    def _leave(self, sequences: Iterable[Sequence], sink: deque) -> None:
+        """Cancels what is left. Where a stream is closed within a step, by another thread or by Python's collector, the
+        next step drops it."""
+        for sequence in sequences:
+            sequence.cancelled = True
+        if self.turn.acquire(blocking=False):
+            try:
+                self.scheduler.drop_cancelled()
+            finally:
+                self.turn.release()
+        for sequence, _, result in sink:
+            deliver(sequence, result)
+
+    @contextmanager
+    def _alone(self):
+        """Held only while the scheduler works: streams may wait side by side, and nest."""
+        if not self.turn.acquire(blocking=False):
+            raise ViCAError("two threads use this engine at the same time: one at a time may")
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     def _submit(self, request: Request, sink: deque, streaming: bool) -> Sequence:
         if not isinstance(request, Request):
