@@ -97,22 +97,33 @@ class Engine:
 
     def warm_up(self, batches: Iterable[int] = (1, 8, 64), text: int = 60) -> float:
         """Compiles and captures what batches of these sizes, with prompts of so much text, would otherwise wait for at
-        first; the seconds it took."""
-        start, held = time.perf_counter(), set(self.image_memory.entries)
-        word, place = min(3, self.config.text_config.vocab_size - 1), self.config.image_token_index
-        width, vision = self.config.text_config.hidden_size, self.config.vision_config
+        first; the seconds it took. Text is less where the model's window is, and images are fewer where the image
+        memory has no room beside what it holds."""
+        start, vision = time.perf_counter(), self.config.vision_config
         for size in (min(size, self.max_batch) for size in batches):
             for _ in range(3):  # a captured pass runs plainly first, then it is captured, then replayed
-                images = torch.randn(size, max(1, self.inputs.visual_tokens), width)
-                prompt = [word] * (text // 2) + [place] + [word] * (text - text // 2)
-                results = self.generate([Request(prompt, [x], max_new_tokens=4, ignore_eos=True) for x in images])
+                held = set(self.image_memory.entries)
+                results = self.generate(self._strangers(size, text))
+                self.image_memory.clear(set(self.image_memory.entries) - held)
                 if failed := [r.error for r in results if r.error]:
                     raise ViCAError(f"warming up with {size} requests failed: {failed[0]}")
                 if vision is not None:
                     with self._alone(), torch.inference_mode():
                         self.runner.encode(np.zeros((size, 3, vision.image_size, vision.image_size), np.float32))
-        self.image_memory.clear(set(self.image_memory.entries) - held)
         return time.perf_counter() - start
+
+    def _strangers(self, count: int, text: int, answer: int = 4) -> list[Request]:
+        """Requests about images that nobody has seen, in number and length as there is room for."""
+        memory, visual, width = self.image_memory, max(1, self.inputs.visual_tokens), self.inputs.width
+        features = visual * width * self.runner.dtype.itemsize  # kept beside the K/V that are made of them
+        bytes_each = self.runner.image_bytes(visual) + (features if self.runner.images_are_kv else 0)
+        positions = self.runner.width - (answer - 1)
+        images = min(count, (memory.limit - memory.bytes) // bytes_each) if visual < positions else 0
+        text = max(1, min(text, positions - visual if images else positions))
+        word, place = min(3, self.inputs.vocabulary - 1), self.inputs.image_token
+        prompt = [word] * (text // 2) + [place] * (images > 0) + [word] * (text - text // 2)
+        shown = [[x] for x in torch.randn(images, visual, width)] or [[]]
+        return [Request(prompt, shown[i % len(shown)], answer, ignore_eos=True) for i in range(count)]
 
     def _run(self, requests: Iterable[Request], streaming: bool):
         """A request's place, itself and a token, for each token when streaming and at the end, then with its result."""
