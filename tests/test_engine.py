@@ -24,6 +24,7 @@ from tests.engines import (
     words,
 )  # fmt: skip
 from vica.engine import Engine, Request
+from vica.engine.step import key_blocks
 from vica.errors import ViCAError
 from vica.toy.model import build
 
@@ -165,6 +166,19 @@ def test_other_shapes(shape):
     model = wired(**shape)
     asked = [request_of([3, ("image", n), 4 + n], max_new_tokens=5) for n in range(3)]
     assert_answers(model, asked, small_engine(model).generate(asked))
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_blocks_of_keys_fit_into_shared_memory(rows, stages):
+    """float32 with heads of 128 and 256 among them; half precision up to 128 keeps what it was tuned to."""
+    for narrow in (32, 128, 256):
+        assert key_blocks(rows, narrow, stages) == (64, stages)
+    for wide in (512, 1024):
+        keys, held = key_blocks(rows, wide, stages)
+        assert keys in (16, 32, 64) and 1 <= held <= stages
+        assert (rows + held * 2 * keys) * wide <= 96 * 2**10
+    assert key_blocks(rows, 2**20, stages) == (16, 1)
 
 
 def test_prompts_of_other_whole_numbers():

@@ -12,7 +12,7 @@ from vica.toy.model import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SHAPES = [Shape(4, 4, 64, 1e-5, "silu"), Shape(4, 2, 128, 1e-5, "silu"), Shape(6, 2, 40, 1e-6, "silu")]
+SHAPES = [Shape(*x, "silu") for x in ((4, 4, 64, 1e-5), (4, 2, 128, 1e-5), (6, 2, 40, 1e-6), (2, 2, 256, 1e-5))]
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DEVICE = torch.device("cuda")
 

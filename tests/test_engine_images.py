@@ -165,6 +165,22 @@ def test_a_file_that_changes_is_another_image(seeing, tmp_path):
     assert engine.seen == 4
 
 
+def test_a_file_that_changes_while_it_is_read(seeing, tmp_path):
+    """What is kept under a content is that content."""
+    engine, path = counting(*seeing), tmp_path / "a.png"
+    path.write_bytes(png(picture(1)))
+    identify = engine.inputs._identify
+
+    def identify_then_change(source):
+        found = identify(source)
+        path.write_bytes(png(picture(2)))
+        return found
+
+    engine.inputs._identify = identify_then_change
+    ask(engine, ("What?", [path]))
+    assert {key for key, _ in engine.image_memory.entries} == {hashing.digest(png(picture(2)))}
+
+
 def test_a_known_file_is_not_read_again(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     os.utime(tmp_path / "a", ns=(1, 1))
@@ -290,26 +306,28 @@ def test_requests_wait_for_room(variant, keep):
 
 @pytest.mark.parametrize("variant", ["accel", "dense"])
 def test_evicted_between_preparation_and_entry(variant, tmp_path):
-    """A file whose features are held is not decoded. If they go before it enters, it is; and if the file is gone too,
-    that request fails and no other."""
+    """A file whose features are held is not decoded. If they go before it enters, it is; and if the file is gone or
+    another, too, that request fails and no other."""
     model, processor = seeing_model(variant=variant)
-    engine = counting(model, processor, workers=3)
-    for seed, name in enumerate("ab"):
+    engine = counting(model, processor, workers=4)
+    for seed, name in enumerate("abc"):
         picture(seed).save(tmp_path / name, "png")
         ask(engine, ("What?", [tmp_path / name]))
 
     def forget():
         engine.image_memory.clear()
         (tmp_path / "b").unlink()
+        picture(5).save(tmp_path / "c", "png")
 
-    prepare, all_prepared = engine.inputs.prepare, threading.Barrier(3, forget)
+    prepare, all_prepared = engine.inputs.prepare, threading.Barrier(4, forget)
     engine.inputs.prepare = lambda request: (prepare(request), all_prepared.wait(10))[0]
-    sources = [tmp_path / "a", tmp_path / "b", picture(2)]
-    first, gone, last = engine.generate([Request.ask("What?", [x], max_new_tokens=3) for x in sources])
+    sources = [tmp_path / "a", tmp_path / "b", tmp_path / "c", picture(3)]
+    first, gone, other, last = engine.generate([Request.ask("What?", [x], max_new_tokens=3) for x in sources])
     assert gone.finish_reason == "error" and str(tmp_path / "b") in gone.error and "no such file" in gone.error
-    for result, seed in ((first, 0), (last, 2)):
+    assert other.error == f"image {str(tmp_path / 'c')!r} has changed while its request waited"
+    for result, seed in ((first, 0), (last, 3)):
         assert result.tokens == answer(model, processor.ask("What?", [picture(seed)]), 3)
-    assert engine.seen == 4
+    assert engine.seen == 5
     assert_idle(engine)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,6 +161,15 @@ def test_one_token_left_is_greedy():
         request = request_of([4, ("image", 1), 3], **(HOT | cold))
         assert tokens_of(engine, [request]) == [want], cold
     assert len(tokens_of(engine, [request_of([4], **(HOT | dict(top_k=10**400, temperature=1e6)))])[0]) == 8
+
+
+def test_numbers_of_numpy():
+    """As settings of a request; small ones must not overflow in what is counted with them."""
+    given = dict(max_new_tokens=np.uint8(9), temperature=np.float32(0.5), top_p=np.float64(0.9), top_k=np.int8(5))
+    plain = {name: value.item() for name, value in given.items()}
+    engine = small_engine(tiny_model())
+    one, other = (request_of([280], seed=seed, **x) for seed, x in ((np.uint64(7), given), (7, plain)))
+    assert tokens_of(engine, [one]) == tokens_of(engine, [other])
 
 
 @settings(max_examples=25)

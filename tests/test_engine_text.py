@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -199,7 +200,6 @@ def test_first_tokens_come_before_last_ones(endless):
 def test_cancelled(endless, want):
     engine, requests = watched(small_engine(endless, max_batch=3)), asked()
     first, waiting, third = requests[0], requests[5], requests[2]
-    engine.cancel(first)  # unknown yet: nothing to cancel
     count = 0
     for _ in engine.stream(requests):
         count += 1
@@ -217,6 +217,19 @@ def test_cancelled(endless, want):
     assert waiting.result.tokens == [] and waiting.result.first_token_s is None and first.result.tokens
     assert_idle(engine)
     assert_good_as_new(engine, want)
+
+
+def test_cancelled_before_its_turn(endless, want):
+    """Whether the engine has drawn it or not. Asked again it is answered; when it has its result, it is too late."""
+    engine, requests = watched(small_engine(endless, max_batch=1)), asked()
+    for n, _ in enumerate(engine.stream(iter(requests))):
+        if n == 0:
+            engine.cancel(requests[8])
+    assert (requests[8].result.finish_reason, requests[8].result.tokens) == ("cancelled", [])
+    assert [r.result.tokens for r in requests[:8]] == want[:8]
+    engine.cancel(requests[0])
+    assert [r.tokens for r in engine.generate(requests)] == want
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("after", [1, 2, 7, 30])
@@ -266,6 +279,66 @@ def test_leaving_one_stream_leaves_the_other_alone(endless, want):
     list(kept)
     assert [r.result.tokens for r in others] == want
     assert any(r.result is None or r.result.finish_reason == "cancelled" for r in mine)
+    assert_idle(engine)
+
+
+def once_within(owner, name: str, do) -> None:
+    """Calls `do` the next time that this method is called, in its place in a step."""
+    method = getattr(owner, name)
+
+    def do_first(*arguments):
+        setattr(owner, name, method)
+        do()
+        return method(*arguments)
+
+    setattr(owner, name, do_first)
+
+
+def in_a_thread(work) -> None:
+    with ThreadPoolExecutor(1) as other:
+        other.submit(work).result()
+
+
+def test_two_threads_at_the_same_time(endless, want):
+    """The second is told so, and the first goes on. One after the other they may, also with one stream."""
+    engine, stream = watched(small_engine(endless)), None
+
+    def intrude():
+        for use in (lambda: engine.generate(asked(2)), lambda: list(stream)):
+            with pytest.raises(ViCAError, match="two threads use this engine at the same time"):
+                use()
+
+    requests = asked()
+    stream = engine.stream(requests)
+    in_a_thread(lambda: next(stream))
+    next(stream)
+    once_within(engine.runner, "decode", lambda: in_a_thread(intrude))
+    assert_good_as_new(engine, want)
+    in_a_thread(lambda: assert_good_as_new(engine, want))
+
+
+@pytest.mark.parametrize("run", [in_a_thread, lambda work: work()], ids=["in another thread", "by the collector"])
+def test_a_stream_that_is_closed_within_a_step(endless, want, run):
+    engine, left = watched(small_engine(endless)), asked()
+    stream = engine.stream(left)
+    next(stream)
+    once_within(engine.scheduler, "_take_slots", lambda: run(stream.close))
+    assert_good_as_new(engine, want)
+
+
+def test_a_source_that_asks_the_engine(endless, want):
+    engine = watched(small_engine(endless))
+
+    def source():
+        for request in asked():
+            engine.generate(asked(1))
+            yield request
+
+    assert [r.tokens for r in engine.generate(source())] == want
+    requests = {}
+    for request, token in engine.stream(source()):
+        requests.setdefault(request, []).append(token)
+    assert sorted(requests.values()) == sorted(want)
     assert_idle(engine)
 
 

@@ -1,5 +1,7 @@
-"""How much the engine may hold: what the caller says, else shares of what the device has free."""
+"""How much the engine may hold: what the caller says, else shares of what the device has free; and how much of it runs
+at once where that proves too much."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,11 @@ from ..model.sizes import kv_bytes as bytes_of_tokens
 CPU_BYTES = 2**30  # of text K/V, and of images, on a CPU
 RESERVE = 0.1  # of a card's memory for activations and captured graphs
 MAX_BATCH = {"cuda": 256, "cpu": 16}
+CALM = 64  # passes that must go well before more is tried again, at first and at most
+MOST_CALM = 2**14
+# How it is told that memory is short: by CUDA and Triton, CUDA's error codes, cuBLAS and cuDNN, torch on a CPU.
+SHORT = ("out of memory", "out_of_memory", "cudaerrormemoryallocation", "alloc_failed", "allocation_failed",
+         "defaultcpuallocator")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,35 @@ def shares(model, kv_bytes: int | None, image_bytes: int | None, window_bytes: i
     share = 0.05 if model.config.plan[0].visual_updated else 0.5  # dense keeps features only
     images = int(share * room) if image_bytes is None else image_bytes
     return max(room - images, min(window_bytes, free // 2)), images
+
+
+class Limits:
+    """How many requests run, and how many rows enter, at once. Both are lowered when memory is short and doubled when
+    passes have gone well since; each time that this was too much, it takes twice as many passes."""
+
+    def __init__(self, requests: int, rows: int):
+        self.requests, self.rows = self.highest = requests, rows
+        self.calm, self.went_well, self.raised = CALM, 0, False
+
+    def lower(self, requests: float = math.inf, rows: float = math.inf) -> None:
+        self.requests, self.rows = max(1, min(self.requests, requests)), max(1, min(self.rows, rows))
+        if self.raised:
+            self.calm = min(2 * self.calm, MOST_CALM)
+        self.went_well, self.raised = 0, False
+
+    def a_pass_went_well(self) -> None:
+        self.went_well += 1
+        if self.went_well >= self.calm and (self.requests, self.rows) != self.highest:
+            self.requests, self.rows = min(2 * self.requests, self.highest[0]), min(2 * self.rows, self.highest[1])
+            self.went_well, self.raised = 0, True
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Also where torch has no type for it, and where it broke a capture, whose own error then comes instead."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    hidden = error.__context__ if "captur" in text else None
+    return any(sign in text for sign in SHORT) or hidden is not None and out_of_memory(hidden)

@@ -8,10 +8,12 @@ for request, token in engine.stream(requests): ...
 import logging
 import os
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -70,7 +72,7 @@ class Engine:
         eos = model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
         self.scheduler = Scheduler(self.runner, self.inputs, self.image_memory, ends, budget.max_batch, keep_prefix)
-        self.max_batch = budget.max_batch
+        self.max_batch, self.turn = budget.max_batch, threading.Lock()
 
     def generate(self, requests: Iterable[Request], progress: bool = False) -> list[Result]:
         """The results, in order. A request that fails says why in its result; the others are answered."""
@@ -90,29 +92,38 @@ class Engine:
                 yield request, token
 
     def cancel(self, request: Request) -> None:
-        """Its result comes with what it has so far."""
-        for sequence in (*self.scheduler.waiting, *self.scheduler.active, *self.scheduler.leaving):
-            if sequence.request is request:
-                sequence.cancelled = True
+        """Its result comes with what it has so far, or where it is still to be drawn, as soon as it is."""
+        request.cancelled = request.result is None
 
     def warm_up(self, batches: Iterable[int] = (1, 8, 64), text: int = 60) -> float:
         """Compiles and captures what batches of these sizes, with prompts of so much text, would otherwise wait for at
-        first; the seconds it took."""
-        start, held = time.perf_counter(), set(self.image_memory.entries)
-        word, place = min(3, self.config.text_config.vocab_size - 1), self.config.image_token_index
-        width, vision = self.config.text_config.hidden_size, self.config.vision_config
+        first; the seconds it took. Text is less where the model's window is, and images are fewer where the image
+        memory has no room beside what it holds."""
+        start, vision = time.perf_counter(), self.config.vision_config
         for size in (min(size, self.max_batch) for size in batches):
             for _ in range(3):  # a captured pass runs plainly first, then it is captured, then replayed
-                images = torch.randn(size, max(1, self.inputs.visual_tokens), width)
-                prompt = [word] * (text // 2) + [place] + [word] * (text - text // 2)
-                results = self.generate([Request(prompt, [x], max_new_tokens=4, ignore_eos=True) for x in images])
+                held = set(self.image_memory.entries)
+                results = self.generate(self._strangers(size, text))
+                self.image_memory.clear(set(self.image_memory.entries) - held)
                 if failed := [r.error for r in results if r.error]:
                     raise ViCAError(f"warming up with {size} requests failed: {failed[0]}")
                 if vision is not None:
-                    with torch.inference_mode():
+                    with self._alone(), torch.inference_mode():
                         self.runner.encode(np.zeros((size, 3, vision.image_size, vision.image_size), np.float32))
-        self.image_memory.clear(set(self.image_memory.entries) - held)
         return time.perf_counter() - start
+
+    def _strangers(self, count: int, text: int, answer: int = 4) -> list[Request]:
+        """Requests about images that nobody has seen, in number and length as there is room for."""
+        memory, visual, width = self.image_memory, max(1, self.inputs.visual_tokens), self.inputs.width
+        features = visual * width * self.runner.dtype.itemsize  # kept beside the K/V that are made of them
+        bytes_each = self.runner.image_bytes(visual) + (features if self.runner.images_are_kv else 0)
+        positions = self.runner.width - (answer - 1)
+        images = min(count, (memory.limit - memory.bytes) // bytes_each) if visual < positions else 0
+        text = max(1, min(text, positions - visual if images else positions))
+        word, place = min(3, self.inputs.vocabulary - 1), self.inputs.image_token
+        prompt = [word] * (text // 2) + [place] * (images > 0) + [word] * (text - text // 2)
+        shown = [[x] for x in torch.randn(images, visual, width)] or [[]]
+        return [Request(prompt, shown[i % len(shown)], answer, ignore_eos=True) for i in range(count)]
 
     def _run(self, requests: Iterable[Request], streaming: bool):
         """A request's place, itself and a token, for each token when streaming and at the end, then with its result."""
@@ -122,20 +133,39 @@ class Engine:
             while more or places:
                 while more and len(scheduler.waiting) < AHEAD * self.max_batch:
                     if more := (following := next(source, None)) is not None:
-                        places[self._submit(following[1], sink, streaming)] = following[0]
-                with torch.inference_mode():
+                        with self._alone():
+                            places[self._submit(following[1], sink, streaming)] = following[0]
+                with self._alone(), torch.inference_mode():
                     scheduler.step()
                 while sink:
                     sequence, token, result = sink.popleft()
-                    if result is not None:
-                        sequence.request.result = result
+                    deliver(sequence, result)
                     yield places[sequence] if result is None else places.pop(sequence), sequence.request, token
         finally:
-            for sequence in places:
-                sequence.cancelled = True
-            scheduler.drop_cancelled()
-            for sequence, _, result in sink:
-                sequence.request.result = result or sequence.request.result
+            self._leave(places, sink)
+
+    def _leave(self, sequences: Iterable[Sequence], sink: deque) -> None:
+        """Cancels what is left. Where a stream is closed within a step, by another thread or by Python's collector, the
+        next step drops it."""
+        for sequence in sequences:
+            sequence.cancelled = True
+        if self.turn.acquire(blocking=False):
+            try:
+                self.scheduler.drop_cancelled()
+            finally:
+                self.turn.release()
+        for sequence, _, result in sink:
+            deliver(sequence, result)
+
+    @contextmanager
+    def _alone(self):
+        """Held only while the scheduler works: streams may wait side by side, and nest."""
+        if not self.turn.acquire(blocking=False):
+            raise ViCAError("two threads use this engine at the same time: one at a time may")
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     def _submit(self, request: Request, sink: deque, streaming: bool) -> Sequence:
         if not isinstance(request, Request):
@@ -148,6 +178,11 @@ class Engine:
         sequence = Sequence(request, prepared, seed, stream, sink, streaming)
         self.scheduler.waiting.append(sequence)
         return sequence
+
+
+def deliver(sequence: Sequence, result: Result | None) -> None:
+    if result is not None:
+        sequence.request.result, sequence.request.cancelled = result, False
 
 
 def warn_of_ignored(generation_config) -> None:

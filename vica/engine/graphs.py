@@ -29,18 +29,32 @@ class Graphs:
             return out
         tensors = self.inputs[key].hold(arrays)
         if key not in self.graphs:
-            self.graphs[key] = self._capture(work, tensors)
+            try:
+                self.graphs[key] = self._capture(work, tensors)
+            except BaseException:
+                self.clear()  # what is left of it in the pool would be in the way of other captures
+                raise
         graph, out = self.graphs[key]
         graph.replay()
         return out
+
+    def clear(self) -> None:
+        """Gives back the memory of all that was captured; each pass starts plainly again."""
+        self.inputs.clear()
+        self.graphs.clear()
+        self.pool = None  # torch takes no capture into a pool whose graphs are all gone
 
     def _capture(self, work: Callable, tensors: dict[str, torch.Tensor]):
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = work(tensors)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                out = work(tensors)
+        except BaseException:
+            torch.cuda.set_stream(stream)  # torch leaves its own in place where a broken capture cannot be ended
+            raise
         return graph, out
 
 

@@ -1,5 +1,6 @@
 """A request made ready for the model: its token ids, and its images as pixels or features with their content's hash."""
 
+import io
 import os
 import threading
 import time
@@ -78,9 +79,10 @@ class Inputs:
             and len(ids) > len(self.template_prefix)
         ):
             layout.prefix = len(self.template_prefix)
-        for image, source, place in zip(images, sources, layout.images):
-            if not self.known(image.key, place.start):
-                self.load(image, source)
+        images = [
+            image if self.known(image.key, place.start) else self.load(image, source)
+            for image, source, place in zip(images, sources, layout.images)
+        ]
         return Prepared(layout, images, sources)
 
     def _tokenize(self, request: Request) -> tuple[list[int], list]:
@@ -138,7 +140,8 @@ class Inputs:
             with suppress(OSError):  # load_image says what is wrong
                 return digest_file(os.path.abspath(source)), source
         if isinstance(source, (bytes, bytearray, memoryview)):
-            return digest(bytes(source)), source
+            content = bytes(source)  # a copy of what its owner may change
+            return digest(content), content
         if not isinstance(source, Image.Image):
             image = source = load_image(source)
         else:  # an opened file is decoded here, which two threads must not do at once
@@ -146,21 +149,40 @@ class Inputs:
                 image = load_image(source)
         return digest(f"{image.size}".encode() + image.tobytes()), source
 
-    def load(self, image: ImageInput, source) -> None:
-        """Pixels or features. Features are copied: they will be kept, and the caller may change theirs."""
+    def load(self, image: ImageInput, source) -> ImageInput:
+        """With pixels or features: another image where the source is a file that has changed since it was identified.
+        Features are copied: they will be kept, and the caller may change theirs."""
+        if image.features is not None or image.pixels is not None:
+            return image
+        if isinstance(source, (str, os.PathLike)):
+            key, source = self._read(source)
+            image = self._shared(key, image.size)
         with image.lock:
             if image.features is not None or image.pixels is not None:
-                return
+                return image
             if image.key.startswith(GIVEN):
                 image.features = source.detach().clone()
             else:
-                (pixels,) = self.processor.process_images([source])
-                side = self.config.vision_config.image_size
-                if pixels.shape != (3, side, side):
-                    raise ViCAError(
-                        f"the processor made {list(pixels.shape)} of an image; the tower takes [3, {side}, {side}]"
-                    )
-                image.pixels = pixels
+                image.pixels = self._pixels(source)
+        return image
+
+    def _read(self, path) -> tuple[str, object]:
+        """A file's digest and content, of one reading."""
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError:
+            return self._identify(load_image(path))  # which says what is wrong
+        named = io.BytesIO(content)
+        named.name = os.fspath(path)
+        return digest(content), named
+
+    def _pixels(self, source) -> np.ndarray:
+        (pixels,) = self.processor.process_images([source])
+        side = self.config.vision_config.image_size
+        if pixels.shape != (3, side, side):
+            raise ViCAError(f"the processor made {list(pixels.shape)} of an image; the tower takes [3, {side}, {side}]")
+        return pixels
 
 
 def digest_file(path: str) -> str:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .ops import TorchOps
-from .step import ImageWork, Step
+from .step import ImageWork, Step, key_blocks
 
 HEADS = 8  # that one program of a rotary or merging kernel takes
 FEW_ROWS = 32  # up to here our products are faster than cuBLAS's
@@ -124,22 +124,24 @@ class CudaOps(TorchOps):
         )
 
     def _text(self, q, pool, tiles, step: Step, out, lse):
-        s = self.shape
+        s, rows = self.shape, max(16, step.block)
+        keys, stages = key_blocks(rows, q.element_size() * self.padded_dim, 2)
         _text_attention[(s.heads, len(tiles), step.splits)](
             q, pool, tiles, step.table, step.limit, out, out if lse is None else lse, q.stride(0), step.table.stride(0),
-            len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, self.padded_dim, max(16, step.block), 64,
-            step.splits, lse is not None, self.hopper, num_warps=2 if step.block <= 16 else 4, num_stages=2,
+            len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, self.padded_dim, rows, keys,
+            step.splits, lse is not None, self.hopper, num_warps=2 if rows == 16 else 4, num_stages=stages,
             launch_pdl=self.hopper,
         )  # fmt: skip
         return out, lse
 
     def _image(self, q, pool, images: ImageWork, layer: int):
-        s, few = self.shape, images.block <= 16
+        s, rows = self.shape, max(16, images.block)
+        keys, stages = key_blocks(rows, q.element_size() * self.padded_dim, 2 if rows == 16 else 3)
         out, lse = self._partials(q, len(images.rows))
         _image_attention[(s.heads, len(images.items))](
             q, pool, _address(pool), images.items, images.rows, out, lse, q.stride(0), layer, s.scale * LOG2E, s.heads,
-            s.kv_heads, s.head_dim, self.padded_dim, max(16, images.block), 64, self.hopper,
-            num_warps=2 if few else 4, num_stages=2 if few else 3, launch_pdl=self.hopper,
+            s.kv_heads, s.head_dim, self.padded_dim, rows, keys, self.hopper,
+            num_warps=2 if rows == 16 else 4, num_stages=stages, launch_pdl=self.hopper,
         )  # fmt: skip
         return out, lse
 

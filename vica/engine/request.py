@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Request:
     ignore_eos: bool = False
     id: Any = None  # the caller's own name for it
     result: "Result | None" = field(default=None, init=False, repr=False)
+    cancelled: bool = field(default=False, init=False, repr=False)  # by `Engine.cancel`, until its result is there
 
     @classmethod
     def ask(cls, question: str, images=(), **options) -> "Request":
@@ -50,18 +52,23 @@ class Request:
     def check(self) -> None:
         whole = {"max_new_tokens": (self.max_new_tokens, 1), "top_k": (self.top_k, 0)}
         for name, (value, least) in whole.items():
-            if not isinstance(value, int) or value < least:
+            if not is_whole(value) or value < least:
                 raise ViCAError(f"{name} is {shorten(value)}; it must be a whole number from {least}")
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature <= MAX_TEMPERATURE):
+        if not (isinstance(self.temperature, Real) and 0 <= self.temperature <= MAX_TEMPERATURE):
             value = shorten(self.temperature)
             raise ViCAError(f"temperature is {value}; it must be a number from 0 to {MAX_TEMPERATURE:g}")
-        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ViCAError(f"top_p is {shorten(self.top_p)}; it must be above 0 and at most 1")
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**63):
             raise ViCAError(f"seed is {shorten(self.seed)}; it must be a whole number from 0 to 2**63 - 1, or None")
         listed = self.stop is None or isinstance(self.stop, (str, list, tuple))
         if not listed or not all(isinstance(s, str) and s for s in self.stops):
             raise ViCAError(f"stop is {shorten(self.stop)}; it must be one or more non-empty strings")
+
+
+def is_whole(value) -> bool:
+    """numpy's numbers too; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def as_list(images) -> list:

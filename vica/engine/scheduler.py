@@ -6,8 +6,10 @@ A request takes all the slots it may need when it enters: what runs can always g
 """
 
 import logging
+import os
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import ViCAError
+from .budget import Limits, out_of_memory
 from .inputs import ImageInput, Inputs, Prepared
 from .layout import Layout
 from .memory import FEATURES, Entry, ImageMemory
@@ -45,7 +48,7 @@ class Sequence:
     prompt_tokens: int = 0
     admitted: float | None = None
     first_token: float | None = None
-    cancelled: bool = False
+    cancelled: bool = False  # with all of its stream
     retried: bool = False  # after memory was too short for it alone
     result: Result | None = None
     # while it has a lane:
@@ -72,16 +75,14 @@ class Scheduler:
         self, runner: Runner, inputs: Inputs, memory: ImageMemory, ends: set[int], max_batch: int, keep_prefix: bool
     ):
         self.runner, self.inputs, self.memory, self.ends = runner, inputs, memory, ends
-        self.max_batch, self.keep_prefix = max_batch, keep_prefix
+        self.limits, self.keep_prefix = Limits(max_batch, PREFILL_ROWS), keep_prefix
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
         self.leaving: set[Sequence] = set()  # whose last tokens are still in flight
         self.lanes = list(range(max_batch, 0, -1))  # lane 0 is the runner's
         self.in_flight: deque[tuple[torch.Tensor, object, list[Sequence]]] = deque()
         self.batch: Batch | None = None
-        self.prefill_rows = PREFILL_ROWS
         self.entered = 0.0  # when requests last entered
-        self.most_active = max_batch
 
     @property
     def busy(self) -> bool:
@@ -99,9 +100,9 @@ class Scheduler:
     def _choose(self) -> list[Sequence]:
         """Prepared requests to let in now. A few at a time would read all weights for little, so they wait for each
         other as long as others run, and for a moment if none does."""
-        free = min(len(self.lanes), self.most_active - len(self.active))
+        free = max(0, min(len(self.lanes), self.limits.requests - len(self.active)))
         if self.active or self.in_flight:
-            wanted = min(len(self.waiting), max(1, self.most_active // 4))
+            wanted = min(len(self.waiting), max(1, self.limits.requests // 4))
             if not wanted or not free:
                 return []
             ready = self._ready()
@@ -137,7 +138,7 @@ class Scheduler:
             try:
                 prepared = sequence.prepared.result()
                 layout = prepared.layout.continued(sequence.tokens)
-                if entering and rows + len(layout) > self.prefill_rows:
+                if entering and rows + len(layout) > self.limits.rows:
                     break
                 self._take(sequence, layout, prepared)
             except NoRoom:
@@ -154,7 +155,8 @@ class Scheduler:
         if layout.total > runner.width:
             raise ViCAError(f"the prompt takes {layout.total} positions, the model has {runner.width}")
         done = len(sequence.tokens)
-        sequence.most = min(request.max_new_tokens, done + runner.width - layout.total + 1)
+        # int and float: numpy's small numbers would overflow in what is made of them
+        sequence.most = min(int(request.max_new_tokens), done + runner.width - layout.total + 1)
         try:
             slots, held = self._take_slots(sequence, layout, len(layout) + sequence.most - done - 1)
             sequence.row = Row(layout, 0, slots, held)
@@ -163,7 +165,8 @@ class Scheduler:
             self._give_back(sequence)
             raise
         if request.temperature > COLDEST:
-            sequence.row.sampling = (request.temperature, min(request.top_k, 2**31), request.top_p, sequence.seed)
+            top_k, top_p = min(int(request.top_k), 2**31), float(request.top_p)
+            sequence.row.sampling = (float(request.temperature), top_k, top_p, int(sequence.seed))
         sequence.row.lane = self.lanes.pop()
         sequence.launched, sequence.prompt_tokens = done, prepared.layout.total
         self.waiting.remove(sequence)
@@ -213,19 +216,18 @@ class Scheduler:
             known = self.memory.find(image.key)
             if known is not None and known.tensor is not None:
                 image.features = known.tensor
-            else:
-                self.inputs.load(image, source)
+            elif self.inputs.load(image, source) is not image:
+                raise ViCAError(f"image {os.fspath(source)!r} has changed while its request waited")
 
     def _enter(self, entering: list[Sequence]) -> None:
         try:
-            self._compute_images(entering)
-            tokens = self.runner.prefill([s.row for s in entering])
-        except torch.OutOfMemoryError:
-            self._retreat(entering)
-            return
+            tokens = unless_out_of_memory(lambda: self._first_tokens(entering))
         except BaseException:
             self._send_back(entering)
             raise
+        if tokens is None:
+            self._retreat(entering)
+            return
         self.entered = now = time.perf_counter()
         for sequence in entering:
             sequence.admitted = sequence.admitted or now
@@ -233,6 +235,10 @@ class Scheduler:
         self.active += entering
         self.batch = None
         self._launched(tokens, entering)
+
+    def _first_tokens(self, entering: list[Sequence]) -> torch.Tensor:
+        self._compute_images(entering)
+        return self.runner.prefill([s.row for s in entering])
 
     def _compute_images(self, entering: list[Sequence]) -> None:
         """Fills the new entries: pixels to features, features to K/V."""
@@ -274,9 +280,9 @@ class Scheduler:
             return
         if self.batch is None:
             self.batch = self.runner.batch([s.row for s in running])
-        try:
-            tokens = self.runner.decode(self.batch, max(s.length for s in running))
-        except torch.OutOfMemoryError:
+        longest = max(s.length for s in running)
+        tokens = unless_out_of_memory(lambda: self.runner.decode(self.batch, longest))
+        if tokens is None:
             self._thin_out(running)
             return
         for sequence in running:
@@ -286,6 +292,7 @@ class Scheduler:
     def _launched(self, tokens: torch.Tensor, sequences: list[Sequence]) -> None:
         """A sequence whose last token is on its way has no use for its lane, slots and images: whatever others do with
         them, the device does later."""
+        self.limits.a_pass_went_well()
         for sequence in sequences:
             sequence.launched += 1
             if sequence.launched == sequence.most:
@@ -380,7 +387,8 @@ class Scheduler:
         sequence.makes_prefix, sequence.entries = False, []
 
     def drop_cancelled(self) -> None:
-        for sequence in [s for s in (*self.waiting, *self.active, *self.leaving) if s.cancelled]:
+        known = (*self.waiting, *self.active, *self.leaving)
+        for sequence in [s for s in known if s.cancelled or s.request.cancelled]:
             self._finish(sequence, "cancelled")
         if (
             not self.active and not self.leaving
@@ -390,28 +398,31 @@ class Scheduler:
     # --- out of memory ---
 
     def _retreat(self, entering: list[Sequence]) -> None:
-        """An entry that did not fit is tried again with half as many rows."""
+        """An entry that did not fit is tried again with half as many rows; a single request when half of what runs
+        has left."""
         rows = sum(len(s.row.layout) - s.row.held for s in entering)
         log.warning("out of memory while %d requests entered with %d rows", len(entering), rows)
         self._send_back(entering)
         self._free_memory()
-        if len(entering) == 1:
-            self._fail_second_time(entering[0])
+        if len(entering) > 1:
+            self.limits.lower(rows=rows // 2)
+        elif self.active or self.in_flight:
+            self.limits.lower(requests=len(self.active) // 2)
         else:
-            self.prefill_rows = min(self.prefill_rows, max(1, rows // 2))
+            self._fail_second_time(entering[0])
 
     def _thin_out(self, running: list[Sequence]) -> None:
         """After a step that did not fit at most half as many run. All enter again with their answers so far: a step
         that failed may have moved the lanes on already."""
         while self.in_flight:
             self._harvest()
-        log.warning("out of memory in a step of %d requests: at most half as many from now on", len(running))
+        log.warning("out of memory in a step of %d requests: at most half as many for now", len(running))
         left = [s for s in running if s.result is None]
         for sequence in left:
             self.active.remove(sequence)
         self._send_back(left)
         self._free_memory()
-        self.most_active = max(1, len(running) // 2)
+        self.limits.lower(requests=len(running) // 2)
         if len(running) == 1 and left:
             self._fail_second_time(left[0])
 
@@ -428,5 +439,16 @@ class Scheduler:
 
     def _free_memory(self) -> None:
         self.memory.clear()
+        self.runner.graphs.clear()
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def unless_out_of_memory(work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """None leaves nothing behind: an error that is still being handled holds the tensors of the pass that failed."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None

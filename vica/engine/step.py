@@ -13,6 +13,7 @@ import torch
 
 TILE = 64  # rows of a tile or an item at most
 CHUNK = 64  # an item's keys are a multiple of this, but for the last
+SHARED = 96 * 2**10  # bytes of shared memory that a program may have on the cards with the least
 
 
 @dataclass
@@ -63,6 +64,20 @@ def views(whole: torch.Tensor, shapes: dict[str, tuple]) -> dict[str, torch.Tens
 def block_of(counts: np.ndarray) -> int:
     """The kernels' number of rows for tiles of these sizes."""
     return max(16, 1 << int(counts.max() - 1).bit_length()) if counts.max() > 1 else 1
+
+
+def key_blocks(rows: int, key_bytes: int, stages: int) -> tuple[int, int]:
+    """Keys of an attention kernel's block, and how many blocks of K and V it holds at once; `key_bytes`: of one head.
+    Keys of at most 256 bytes get what is fastest on an H200; wider ones what fits beside the rows' queries."""
+    keys = 64
+    if key_bytes <= 256:
+        return keys, stages
+    while (rows + stages * 2 * keys) * key_bytes > SHARED and (keys, stages) != (16, 1):
+        if stages > 2 or keys == 16:  # products take no fewer keys
+            stages -= 1
+        else:
+            keys //= 2
+    return keys, stages
 
 
 def cut_tiles(first: int, rows: int, lane: int) -> list[tuple[int, int, int]]:
