@@ -288,8 +288,8 @@ def test_idle_prefixes_make_room(model):
 
 def test_prefixes_in_use_make_no_room(model):
     """Of an older one that is in use and a younger one that is idle, the idle one goes."""
-    engine = watched(small_engine(model, kv_bytes=512 * 100))
-    long = request_of([30, ("image", 1), 3], 0, max_new_tokens=20)
+    engine = watched(small_engine(model, kv_bytes=512 * 140))
+    long = request_of([30, ("image", 1), 3], 0, max_new_tokens=60)  # still running when the others are done
     stream = engine.stream([long])
     next(stream)
     for last in (request_of([20, ("image", 1), 3], 1, max_new_tokens=2), request_of([40], 2, max_new_tokens=2)):

@@ -1,10 +1,12 @@
 """Training's flags: LLaVA's names, transformers' TrainingArguments, and the wiring."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import ViCAError
+from ..model.checkpoint import read_json
 from ..model.plan import VARIANTS
 from .stages import STAGES
 
@@ -21,7 +23,7 @@ class ModelArguments:
         None, "language model to start from (stage 1, or LLaVA-style stage 2), or a multimodal checkpoint"
     )
     version: str = option("v1", "conversation template: plain, v1, llama_2, mistral")
-    vision_tower: str = option("openai/clip-vit-large-patch14-336", "folder or repository of the tower")
+    vision_tower: str | None = option(None, "folder or repository of the tower")
     mm_projector_type: str = option("mlp2x_gelu", "linear, mlp2x_gelu or identity")
     mm_vision_select_layer: int = option(-2, "hidden state of the tower that is projected")
     mm_vision_select_feature: str = option("patch", "patch or cls_patch")
@@ -29,10 +31,17 @@ class ModelArguments:
     variant: str = option("accel", f"{', '.join(VARIANTS)}; accel and mask train the same function")
     t2v_layers: str | None = option(None, 'JSON list such as "[0,1,7,8]"; goes before --config and T2V_LAYERS')
     freeze_prefix: str | None = option(None, "true, false or the first layer that freezes the prefix")
-    config: str | None = option(None, "a file of configs/: layers and prefix rule of a published model")
+    config: str | None = option(None, "a file of configs/: what a published model is made of; flags go before it")
     mm_use_im_start_end: bool = option(False, "LLaVA's marks around images: only False is supported")
     mm_use_im_patch_token: bool = option(False, "LLaVA's patch token: only False is supported")
     mm_patch_merge_type: str = option("flat", "only flat is supported")
+
+    def __post_init__(self):
+        if self.config is None:
+            return
+        recipe = read_json(Path(self.config))
+        self.model_name_or_path = self.model_name_or_path or recipe.get("language_model")
+        self.vision_tower = self.vision_tower or recipe.get("vision_tower")
 
 
 @dataclass

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Sourced by the training scripts: `launch FLAGS` starts vica.train on all GPUs of this machine, or of several.
+#
+#   MODEL=3b|7b|13b      picks configs/vica-llava-1.5-$MODEL.json: backbone, tower, layers, prefix rule
+#   T2V_LAYERS="[0,1]"   other layers than the file's
+#   GPUS=8               processes on this machine            (default: its GPUs; none: one process on the CPU)
+#   GLOBAL_BATCH, BATCH  samples a step, and those of one process at once; the rest is accumulated
+#   ENGINE=FILE|none     DeepSpeed's settings                 (default: the script's choice; none where there is no GPU)
+#   LAUNCHER=torchrun|deepspeed
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, HOSTFILE     several machines
+#   PYTHON               interpreter                          (default: .venv's, else python3)
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+MODEL="${MODEL:-7b}"
+CONFIG="${CONFIG:-configs/vica-llava-1.5-$MODEL.json}"
+if [ ! -f "$CONFIG" ]; then
+    echo "MODEL is '$MODEL': there is no $CONFIG; known: $(cd configs && echo vica-llava-1.5-*.json)" >&2
+    exit 1
+fi
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+fi
+
+launch() {
+    local found nodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" flags=() starter=()
+    found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    local processes="${GPUS:-$((found > 0 ? found : 1))}"
+    local batch="${BATCH:?}" steps=$((GLOBAL_BATCH / (BATCH * processes * nodes)))
+    if [ $((steps * batch * processes * nodes)) -ne "$GLOBAL_BATCH" ]; then
+        echo "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$batch x $processes processes x $nodes machines" >&2
+        return 1
+    fi
+    flags=(--config "$CONFIG" --per_device_train_batch_size "$batch" --gradient_accumulation_steps "$steps")
+    if [ -n "${T2V_LAYERS:-}" ]; then flags+=(--t2v_layers "$T2V_LAYERS"); fi
+    if [ "$found" -gt 0 ]; then flags+=(--bf16 True --tf32 True); else flags+=(--use_cpu True) ENGINE=none; fi
+    if [ "${ENGINE:-none}" != none ]; then flags+=(--deepspeed "$ENGINE"); fi
+
+    if [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
+        starter=("$(dirname "$PYTHON")/deepspeed" --num_gpus "$processes" --master_port "$port")
+        if [ -n "${HOSTFILE:-}" ]; then starter=("$(dirname "$PYTHON")/deepspeed" --hostfile "$HOSTFILE" --master_port "$port"); fi
+        starter+=(--module vica.train)
+    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then
+        starter=("$PYTHON" -m vica.train)
+    else
+        starter=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes"
+            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$port" -m vica.train)
+    fi
+    "${starter[@]}" "${flags[@]}" "$@"
+}
