@@ -11,12 +11,12 @@ from vica.bench import throughput
 from vica.bench.clock import Job, race
 from vica.bench.columns import Columns
 from vica.bench.drive import Drive
-from vica.bench.flops import LayerFlops, dense, prefill_flops, visual_flops
 from vica.bench.inputs import Prompts, Shape
 from vica.bench.models import SHAPES, Models, preset_config, random_model
 from vica.bench.peers import Transformers
 from vica.cli.main import main
 from vica.engine.runner import Runner
+from vica.model.flops import LayerFlops, dense, prefill_flops, visual_flops
 from vica.model.llava import ViCAForConditionalGeneration
 from vica.toy.model import save
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vica
 from tests.builders import Row, batch, image, tiny_model
-from vica.bench.flops import dense, visual_flops
+from vica.model.flops import dense, visual_flops
 from vica.model.sizes import kv_bytes, visual_tokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -3,8 +3,8 @@
 import argparse
 
 from ..model.config import ViCAConfig
+from ..model.flops import dense, prefill_flops, visual_flops
 from ..model.sizes import visual_tokens
-from .flops import dense, prefill_flops, visual_flops
 from .report import Report, table
 
 DEFAULTS = {"cuda": {}, "cpu": {}}

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from ..model.config import ViCAConfig
-from .flops import prefill_flops
+from ..model.flops import prefill_flops
 from .report import COLUMNS, ratio, table
 
 PHASES = {

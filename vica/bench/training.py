@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..model.flops import sample_flops
 from ..model.sizes import visual_tokens
 from ..train.stages import STAGES, Trained, freeze
 from .clock import Timing, failures_noted, product_rate, progress, timed
-from .flops import sample_flops
 from .models import Models
 from .report import Report, own_failures, ratio, table
 

@@ -1,7 +1,6 @@
 """Arguments and steps that several verbs share."""
 
 import argparse
-import json
 
 from transformers.utils import logging as transformers_logging
 
@@ -10,7 +9,7 @@ from ..engine import Request
 from ..errors import ViCAError
 from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
-from ..model.plan import VARIANTS
+from ..model.plan import VARIANTS, parse_prefix_rule
 
 
 def add_wiring(parser: argparse.ArgumentParser, variant: str | None = None) -> None:
@@ -51,21 +50,9 @@ def wiring(args: argparse.Namespace) -> dict:
     return dict(
         variant=args.variant,
         t2v_layers=args.t2v_layers,
-        freeze_prefix=prefix_rule(args.freeze_prefix),
+        freeze_prefix=parse_prefix_rule(args.freeze_prefix),
         recipe=args.config,
     )
-
-
-def prefix_rule(value: str | None) -> bool | int | None:
-    if value is None:
-        return None
-    try:
-        rule = json.loads(value.lower())
-    except ValueError:
-        rule = None
-    if not isinstance(rule, int):
-        raise ViCAError(f"--freeze-prefix is {value!r}; it must be true, false or a layer number")
-    return rule
 
 
 def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:

@@ -2,10 +2,10 @@
 
 import torch
 
-from ..bench.flops import dense, visual_flops
 from ..errors import ViCAError
 from ..model import checkpoint
 from ..model.config import ViCAConfig
+from ..model.flops import dense, visual_flops
 from ..model.llava import ViCAForConditionalGeneration
 from ..model.sizes import kv_bytes, visual_tokens
 from . import common

@@ -75,6 +75,19 @@ def check_freeze_prefix(value, num_layers: int) -> bool | int:
     raise ViCAError(f"freeze_prefix is {value!r}; it must be true, false or a layer number from 0 to {num_layers}")
 
 
+def parse_prefix_rule(value: str | None) -> bool | int | None:
+    """What the command line says of freeze_prefix."""
+    if value is None:
+        return None
+    try:
+        rule = json.loads(value.lower())
+    except ValueError:
+        rule = None
+    if not isinstance(rule, int):
+        raise ViCAError(f"--freeze-prefix is {value!r}; it must be true, false or a layer number")
+    return rule
+
+
 def missing_layers_message(variant: str, num_layers: int) -> str:
     published = "; ".join(
         f"{name} (freeze_prefix {'on' if frozen else 'off'}): {layers}" for name, (layers, frozen) in PUBLISHED.items()

@@ -1,7 +1,7 @@
 """What the miniature recipe starts from, made from a toy world: tokenizer, CLIP tower and language model.
 
-    llm/     a small Llama and its tokenizer, trained on the world's language
-    tower/   the vision half of a small CLIP, trained to tell which caption belongs to which picture
+llm/     a small Llama and its tokenizer, trained on the world's language
+tower/   the vision half of a small CLIP, trained to tell which caption belongs to which picture
 """
 
 import argparse

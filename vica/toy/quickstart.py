@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..bench.flops import visual_flops
 from ..bench.report import table
 from ..data.images import load_image
 from ..errors import ViCAError
 from ..loading import load
+from ..model.flops import visual_flops
 from ..model.sizes import kv_bytes, visual_tokens
 from .model import save
 

@@ -6,7 +6,6 @@ import torch
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..cli.common import prefix_rule
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
 from ..data.tokenizer import load_tokenizer
@@ -15,6 +14,7 @@ from ..loading import load_processor
 from ..model import checkpoint
 from ..model.config import ViCAConfig
 from ..model.llava import ViCAForConditionalGeneration
+from ..model.plan import parse_prefix_rule
 from ..model.projector import build_projector
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
@@ -29,7 +29,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
         new_config(raw, model_args) if fresh else ViCAConfig.from_dict(raw),
         variant=model_args.variant,
         t2v_layers=model_args.t2v_layers,
-        freeze_prefix=prefix_rule(model_args.freeze_prefix),
+        freeze_prefix=parse_prefix_rule(model_args.freeze_prefix),
         recipe=model_args.config,
     )
     config.conversation = get_template(model_args.version).name

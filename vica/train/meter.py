@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..bench.flops import sample_flops
 from ..model.config import ViCAConfig
+from ..model.flops import sample_flops
 from ..model.sizes import visual_tokens
 from .stages import Trained
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..model.config import ViCAConfig
+from .config import ViCAConfig
 
 
 @dataclass(frozen=True)
