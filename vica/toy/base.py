@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--world", type=Path, required=True, help="folder that vica.toy.write made")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower-steps", type=int, default=4000, metavar="N")
-    parser.add_argument("--language-steps", type=int, default=2000, metavar="N")
+    parser.add_argument("--tower-steps", type=int, default=8000, metavar="N")
+    parser.add_argument("--language-steps", type=int, default=3000, metavar="N")
     parser.add_argument("--batch", type=int, default=256, help="pictures a step; a quarter as many texts of 256 tokens")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,7 +77,7 @@ def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, d
     ids = np.concatenate([[*row, 2] for row in tokenizer(texts).input_ids])
     rows = torch.from_numpy(ids[: len(ids) // 256 * 256].reshape(-1, 256)).to(device)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss() -> torch.Tensor:
         some = rows[torch.randint(len(rows), (max(1, args.batch // 4),), device=device)]
         return model(input_ids=some, labels=some).loss
 
@@ -87,18 +87,19 @@ def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, d
 def contrastive(tokenizer: PreTrainedTokenizerFast, args, device) -> CLIPModel:
     pixels, captions = read_pictures(args.world)
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=CAPTION_TOKENS, return_tensors="pt")
-    pixels, texts, mask = pixels.to(device), ids.input_ids.to(device), ids.attention_mask.to(device)
-    tokens = dict(vocab_size=len(tokenizer), max_position_embeddings=CAPTION_TOKENS, bos_token_id=1, eos_token_id=2,
+    pixels, texts = pixels.to(device), ids.input_ids.to(device)
+    # A caption is read at its first pad token: with eos 2, transformers would read it at its largest id.
+    tokens = dict(vocab_size=len(tokenizer), max_position_embeddings=CAPTION_TOKENS, bos_token_id=1, eos_token_id=3,
                   pad_token_id=3)  # fmt: skip
     tower = dict(TOWER, image_size=SIDE, patch_size=14)
     config = CLIPConfig(text_config=dict(CAPTION, **tokens), vision_config=tower, projection_dim=128)
     model = CLIPModel(config).to(device)
     mean, std = (torch.tensor(getattr(CLIPImageProcessorPil(), f"image_{x}"), device=device) for x in ("mean", "std"))
 
-    def loss(step: int) -> torch.Tensor:
-        some = torch.randperm(len(pixels), device=device)[: args.batch]
+    def loss() -> torch.Tensor:
+        some = torch.randint(len(pixels), (args.batch,), device=device)
         seen = (pixels[some].float() / 255 - mean[:, None, None]) / std[:, None, None]
-        return model(input_ids=texts[some], attention_mask=mask[some], pixel_values=seen, return_loss=True).loss
+        return model(input_ids=texts[some], pixel_values=seen, return_loss=True).loss
 
     return learn(model, loss, args.tower_steps, 1e-3, "tower", device)
 
@@ -115,26 +116,53 @@ def read_pictures(world: Path) -> tuple[torch.Tensor, list[str]]:
 
 
 def learn(model, loss, steps: int, rate: float, name: str, device):
-    """AdamW with a short rise of the rate and a cosine's fall."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    rise = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, 0.5 * (1 + np.cos(np.pi * step / steps)))
-    )
+    """AdamW with a short rise of the rate and a cosine's fall. On CUDA a step is captured once: models so small would
+    wait for their kernels' launches."""
+    captured = device.type == "cuda"
+    rates = torch.tensor(rate, device=device)
+    settings = dict(lr=rates, capturable=True) if captured else dict(lr=rate)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, **settings)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=captured, cache_enabled=False):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return value.detach()
+
     model.train()
+    run = capture(step) if captured else step
     with tqdm(range(steps), desc=name, disable=None) as bar:
-        for step in bar:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                value = loss(step)
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if step % 50 == 0 or step == steps - 1:
+        for done in bar:
+            now = rate * min((done + 1) / max(1, steps // 20), 0.5 * (1 + np.cos(np.pi * done / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = rates.fill_(now) if captured else now
+            value = run()
+            if done % 100 == 0 or done == steps - 1:
                 bar.set_postfix(loss=f"{value.item():.3f}")
     print(f"{name}: loss {value.item():.3f} after {steps} steps", flush=True)
     return model.eval().cpu()
+
+
+def capture(step):
+    """`step` as a CUDA graph, after some ordinary ones."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+
+    def run() -> torch.Tensor:
+        graph.replay()
+        return value
+
+    return run
 
 
 if __name__ == "__main__":

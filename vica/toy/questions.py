@@ -77,7 +77,7 @@ def _colour(scene: Scene, rng: random.Random) -> Fact | None:
         f"图中的{CHINESE[thing.shape]}是什么颜色？",
         f"Is the {thing.shape} {{}}?",
         thing.colour,
-        _wrong(COLOURS, thing.colour, rng, lambda colour: is_novel(thing.shape, colour) == thing.novel),
+        _wrong(COLOURS, thing.colour, rng, lambda colour: is_novel(thing.shape, colour, scene.ground) == thing.novel),
     )
 
 
@@ -91,7 +91,7 @@ def _shape(scene: Scene, rng: random.Random) -> Fact | None:
         f"图中{CHINESE[thing.colour]}的物体是什么形状？",
         f"Is the {thing.colour} object a {{}}?",
         thing.shape,
-        _wrong(SHAPES, thing.shape, rng, lambda shape: is_novel(shape, thing.colour) == thing.novel),
+        _wrong(SHAPES, thing.shape, rng, lambda shape: is_novel(shape, thing.colour, scene.ground) == thing.novel),
     )
 
 
@@ -145,7 +145,7 @@ def _neighbour(scene: Scene, rng: random.Random) -> Fact | None:
         f"{_chinese_name(other)}{CHINESE[relation]}的物体是什么颜色？",
         f"Is the object {relation} the {other.name} {{}}?",
         thing.colour,
-        _wrong(COLOURS, thing.colour, rng, lambda colour: is_novel(thing.shape, colour) == thing.novel),
+        _wrong(COLOURS, thing.colour, rng, lambda colour: is_novel(thing.shape, colour, scene.ground) == thing.novel),
     )
 
 
@@ -202,7 +202,7 @@ def _existence(scene: Scene, rng: random.Random) -> Question:
     answer, thing = rng.choice(("yes", "no")), rng.choice(subjects(scene))
     shape, colour = thing.shape, thing.colour
     if answer == "no":
-        pairs = [(s, c) for s in SHAPES for c in COLOURS if is_novel(s, c) == thing.novel]
+        pairs = [(s, c) for s in SHAPES for c in COLOURS if is_novel(s, c, scene.ground) == thing.novel]
         absent = [pair for pair in pairs if pair not in [(t.shape, t.colour) for t in scene.things]]
         near = [pair for pair in absent if not _frequency(scene).keys().isdisjoint(pair)]
         shape, colour = rng.choice(near if near and rng.random() < 0.5 else absent)

@@ -3,9 +3,10 @@
 A picture is 112 x 112 pixels, three rows of three places; a word takes a row of its own. No two things of a scene have
 both shape and colour in common, so that "the red circle" names one thing.
 
-Train and test differ in combinations. Two colours of each shape (and so two shapes of each colour) are novel: no train
-scene holds such a pair, and every test scene holds at least one, which is what its questions ask about. No scene can
-therefore be in both splits, whatever the seeds.
+Train and test differ in combinations. On each ground two colours of each shape (and so two shapes of each colour) are
+novel: no train scene holds such a pair on that ground, and every test scene holds at least one, which is what its
+questions ask about. No scene can therefore be in both splits, whatever the seeds; and as every pair is trained on other
+grounds, a question's words alone tell nothing about its answer.
 """
 
 import random
@@ -61,9 +62,10 @@ SHAPES = {
 }
 
 
-def is_novel(shape: str, colour: str) -> bool:
-    """Whether the pair is kept for the test."""
-    return (list(COLOURS).index(colour) - list(SHAPES).index(shape)) % len(COLOURS) in (2, 5)
+def is_novel(shape: str, colour: str, ground: str) -> bool:
+    """Whether the pair is kept for the test on this ground."""
+    place = list(COLOURS).index(colour) - list(SHAPES).index(shape) - list(GROUNDS).index(ground)
+    return place % len(COLOURS) in (2, 5)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Thing:
     row: int
     column: int
     shift: tuple[int, int]  # pixels to the right and down, from the middle of its place
+    ground: str
 
     @property
     def name(self) -> str:
@@ -85,7 +88,7 @@ class Thing:
 
     @property
     def novel(self) -> bool:
-        return is_novel(self.shape, self.colour)
+        return is_novel(self.shape, self.colour, self.ground)
 
 
 @dataclass(frozen=True)
@@ -106,27 +109,27 @@ def random_scene(rng: random.Random, split: str = "train") -> Scene:
     """Half of the scenes have a group of two, three or four things of one shape or one colour."""
     if split not in SPLITS:
         raise ViCAError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    group = rng.choice((1, 1, 1, 2, 3, 4))
-    pairs = _random_pairs(rng, group, rng.randint(group, 4), split)
+    ground, group = rng.choice(tuple(GROUNDS)), rng.choice((1, 1, 1, 2, 3, 4))
+    pairs = _random_pairs(rng, ground, group, rng.randint(group, 4), split)
     word = _random_word(rng) if rng.random() < 0.5 else None
     places = [(row, column) for row in range(3) for column in range(3) if word is None or row != word.row]
     things = []
     for (row, column), (shape, colour) in zip(rng.sample(places, len(pairs)), pairs):
         size = rng.choice(tuple(SIZES))
         room = PLACE - SIZES[size]
-        things.append(Thing(shape, colour, size, row, column, _random_shift(rng, room, room)))
+        things.append(Thing(shape, colour, size, row, column, _random_shift(rng, room, room), ground))
     things.sort(key=lambda thing: (thing.row, thing.column))
-    return Scene(tuple(things), rng.choice(tuple(GROUNDS)), word)
+    return Scene(tuple(things), ground, word)
 
 
-def _random_pairs(rng: random.Random, group: int, count: int, split: str) -> list[tuple[str, str]]:
+def _random_pairs(rng: random.Random, ground: str, group: int, count: int, split: str) -> list[tuple[str, str]]:
     """Shapes with colours. The group has one shape or one colour in common; otherwise nothing occurs twice."""
     while True:
         shapes, colours = rng.sample(tuple(SHAPES), count), rng.sample(tuple(COLOURS), count)
         common = rng.choice((shapes, colours))
         common[:group] = [common[0]] * group
         pairs = list(zip(shapes, colours))
-        if any(is_novel(*pair) for pair in pairs) == (split == "test"):
+        if any(is_novel(*pair, ground) for pair in pairs) == (split == "test"):
             return pairs
 
 
