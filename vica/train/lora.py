@@ -83,6 +83,6 @@ def read_others(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def own_name(name: str) -> str:
-    """Without what peft put in front: how much that is depends on who wrapped the model."""
-    bare = re.sub(r"^(base_model\.)?(model\.)*", "", name)
+    """Without what peft adds: how much it puts in front depends on who wrapped the model."""
+    bare = re.sub(r"^(base_model\.)?(model\.)*", "", name).replace(".base_layer.", ".")
     return bare if bare.startswith("lm_head.") else f"model.{bare}"
