@@ -91,8 +91,8 @@ def test_paths_exist():
 def test_the_map_names_every_file():
     files = [
         p
-        for d in ("model", "data", "engine", "bench")
+        for d in ("model", "data", "train", "engine", "bench", "toy")
         for p in (ROOT / "vica" / d).glob("*.py")
-        if p.name != "__init__.py"
+        if not p.name.startswith("__")
     ]
     assert not [p.name for p in files if p.name not in MAP]

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from .model import checkpoint, layouts
 from .model.config import ViCAConfig
 from .model.convert import convert as rewrite
 from .model.llava import ViCAForConditionalGeneration
+from .train import lora
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     saved = folder / "processor_config.json"
     if saved.is_file() and checkpoint.read_json(saved).get("processor_class") == ViCAProcessor.__name__:
         return ViCAProcessor.from_pretrained(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not holds_tokenizer(folder):
         log.warning("%s holds no tokenizer: the model comes without a processor", folder)
         return None
     processor = ViCAProcessor.from_config(config, load_tokenizer(folder))
@@ -104,17 +106,29 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     return processor
 
 
-def convert(source, target, to: str, **settings) -> Path:
-    """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it."""
+def convert(source, target, to: str, base=None, **settings) -> Path:
+    """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it. Adapters are merged
+    into their base: `base`, or the one that they name."""
     if to not in LAYOUTS:
         raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(LAYOUTS)}")
     folder = checkpoint.find_folder(source)
     config = checkpoint.read_config(folder, **settings)
-    processor, image_token = load_processor(folder, config), None
+    config.architectures = [ViCAForConditionalGeneration.__name__]
+    origin, read = folder, partial(checkpoint.read_checkpoint, ViCAForConditionalGeneration, folder, config)
+    if checkpoint.holds_adapters(folder):
+        origin = checkpoint.find_folder(base or lora.base_of(folder))
+        read = partial(lora.merged_weights, folder, origin, config)
+    elif base is not None:
+        raise ViCAError(f"--base is {str(base)!r}, but {folder} holds no adapters to merge into it")
+    processor, image_token = load_processor(folder if holds_tokenizer(folder) else origin, config), None
     if to == "hf" and processor is not None and config.vision_config is not None:
         processor = hf_processor(processor, config)
         image_token = processor.image_token_id
-    return rewrite(ViCAForConditionalGeneration, folder, target, to, config, processor, image_token)
+    return rewrite(read, origin, target, to, config, processor, image_token)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:

@@ -12,7 +12,7 @@ launch \
     --stage finetune \
     --version v1 \
     --model_name_or_path "${CKPT:-checkpoints/vica-v1.5-$MODEL}" \
-    --data_path "${DATA:?names the samples, a file in LLaVA\'s format}" \
+    --data_path "${DATA:?names the samples, a file in the format of LLaVA}" \
     --image_folder "${IMAGES:?names the folder of their images}" \
     --output_dir "${OUTPUT:-checkpoints/vica-v1.5-$MODEL-task}" \
     --num_train_epochs 1 \

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PROJECTOR_FILE = "mm_projector.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+NON_LORA_FILE = "non_lora_trainables.bin"  # what else learned beside adapters, LLaVA's name
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")  # model types of a plain one's config.json
 SHARD_SIZE = "5GB"
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -45,7 +48,7 @@ def find_folder(path_or_repo: str | os.PathLike, weights: bool = True, **hub_kwa
         kinds = ("*.safetensors", "*.bin")
         for kind in kinds if weights else ():
             if not any(Path(found).glob(kinds[0])):
-                snapshot_download(str(path_or_repo), allow_patterns=[kind], **hub_kwargs)
+                snapshot_download(str(path_or_repo), allow_patterns=[kind, NON_LORA_FILE], **hub_kwargs)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ViCAError(f"{path_or_repo} is no folder here and cannot be had from the hub: {reason}") from error
@@ -150,7 +153,13 @@ def weight_files(folder: Path) -> list[Path]:
             return files
         if (folder / name).is_file():
             return [folder / name]
+    if holds_adapters(folder):
+        raise ViCAError(f"{folder} holds adapters: merge them into their base with vica convert {folder} DST --to vica")
     raise ViCAError(f"{folder} holds no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
+
+
+def holds_adapters(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
@@ -177,11 +186,9 @@ def is_zip(path: Path) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint's tensors under the names of this code base, harmless buffers left out."""
-    return read_tensors(folder, layouts.layout_of(read_json(folder / "config.json")))
-
-
-def read_tensors(folder: Path, layout: str) -> dict[str, torch.Tensor]:
+    """All of a folder's tensors under the names of this code base, harmless buffers left out."""
+    raw = read_json(folder / "config.json")
+    layout = "llava" if is_language_model(raw) else layouts.layout_of(raw)
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         for key, tensor in read_file(path).items():
@@ -194,9 +201,13 @@ def read_tensors(folder: Path, layout: str) -> dict[str, torch.Tensor]:
     return weights
 
 
+def is_language_model(raw: dict) -> bool:
+    """Whether a config.json is that of a plain language model, with neither tower nor projector."""
+    return raw.get("model_type") in LANGUAGE_MODELS
+
+
 def read_tower(name: str) -> dict[str, torch.Tensor]:
     """Weights of a tower kept apart from the language model. A whole CLIP's text half is left out."""
-    log.warning("the checkpoint holds no vision tower: reading %s", name)
     weights = {}
     for path in weight_files(find_folder(name)):
         for key, tensor in read_file(path).items():
@@ -228,11 +239,19 @@ def check_weights(model_class, config: ViCAConfig, weights: dict[str, torch.Tens
 
 def read_checkpoint(model_class, folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
     """A checked state dict for `config`."""
+    weights = read_with_tower(folder, config)
+    check_weights(model_class, config, weights, folder)
+    return weights
+
+
+def read_with_tower(folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+    """Unchecked, because a plain language model still lacks a projector."""
     weights = read_weights(folder)
     has_tower = any(k.startswith("model.vision_tower.") for k in weights)
     if config.vision_config is not None and not has_tower and config.mm_vision_tower:
+        if not is_language_model(read_json(folder / "config.json")):
+            log.warning("the checkpoint holds no vision tower: reading %s", config.mm_vision_tower)
         weights |= read_tower(config.mm_vision_tower)
-    check_weights(model_class, config, weights, folder)
     return weights
 
 
@@ -243,7 +262,10 @@ def read_projector(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ViCAError(f"{path} is no file; stage 1 writes {PROJECTOR_FILE}")
     name = "mm_projector."
-    return {f"model.{name}{k.split(name)[-1]}": v for k, v in read_file(path).items() if name in k}
+    weights = {f"model.{name}{k.split(name)[-1]}": v for k, v in read_file(path).items() if name in k}
+    if not weights:
+        raise ViCAError(f"{path} holds no weights of a projector, none that is named {name}*")
+    return weights
 
 
 def load_projector(model, path: str | os.PathLike) -> None:

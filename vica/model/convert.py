@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,16 +18,22 @@ log = logging.getLogger(__name__)
 
 
 def convert(
-    model_class, source: Path, target, to: str, config: ViCAConfig, processor=None, image_token: int | None = None
+    read: Callable[[], dict[str, torch.Tensor]],
+    source: Path,
+    target,
+    to: str,
+    config: ViCAConfig,
+    processor=None,
+    image_token: int | None = None,
 ) -> Path:
-    """Rewrites a checkpoint in another layout, weights bit for bit. The target appears whole or not at all.
+    """Writes a whole model's weights, as `read` gives them, in another layout, bit for bit. The target appears whole or
+    not at all. `source` holds what else belongs to a checkpoint.
     `image_token`: the placeholder's id in the hf layout, where `processor` already has one."""
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ViCAError(f"{target} exists and is not empty; nothing is overwritten")
-    weights = checkpoint.read_checkpoint(model_class, source, config)
+    weights = read()
     config.dtype = weights["model.embed_tokens.weight"].dtype
-    config.architectures = [model_class.__name__]
 
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as work:

@@ -59,7 +59,7 @@ class DataArguments:
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    stage: str | None = option(None, f"what trains: {', '.join(STAGES)}", choices=list(STAGES))
+    stage: str | None = option(None, f"what trains: {', '.join(STAGES)}")
     tune_mm_mlp_adapter: bool = option(False, "LLaVA's word for --stage pretrain")
     freeze_backbone: bool = option(False, "in stage finetune the language model stays as it is")
     freeze_mm_mlp_adapter: bool = option(False, "in stage finetune the projector stays as it is")
@@ -101,6 +101,8 @@ class TrainArguments(TrainingArguments):
     def settle_stage(self) -> None:
         if self.stage is None:
             self.stage = "pretrain" if self.tune_mm_mlp_adapter else "finetune"
+        elif self.stage not in STAGES:
+            raise ViCAError(f"--stage is {self.stage!r}; it must be one of {', '.join(STAGES)}")
         elif self.tune_mm_mlp_adapter and self.stage != "pretrain":
             raise ViCAError(f"--tune_mm_mlp_adapter True means --stage pretrain, not {self.stage!r}")
 
@@ -119,8 +121,17 @@ def rename_checkpointing(args: TrainingArguments) -> None:
 UNSUPPORTED = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
 
 
+def build_parser() -> HfArgumentParser:
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, TrainArguments),
+        prog="vica train",
+        usage="vica train --stage STAGE --model_name_or_path M --data_path FILE --output_dir FOLDER [more flags]",
+        description=ABOUT,
+    )
+
+
 def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainArguments]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), prog="vica train", description=ABOUT)
+    parser = build_parser()
     try:
         model, data, train = parser.parse_args_into_dataclasses(argv)
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own complaints

@@ -8,7 +8,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
-from ..data.tokenizer import load_tokenizer
 from ..errors import ViCAError
 from ..loading import load_processor
 from ..model import checkpoint
@@ -17,14 +16,14 @@ from ..model.llava import ViCAForConditionalGeneration
 from ..model.plan import parse_prefix_rule
 from ..model.projector import build_projector
 
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+PROJECTOR = "model.mm_projector."
 
 
 def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
     hub = {"cache_dir": train_args.cache_dir} if train_args.cache_dir else {}
     folder = checkpoint.find_folder(model_args.model_name_or_path, **hub)
     raw = checkpoint.read_json(folder / "config.json")
-    fresh = raw.get("model_type") in LANGUAGE_MODELS
+    fresh = checkpoint.is_language_model(raw)
     config = checkpoint.apply_settings(
         new_config(raw, model_args) if fresh else ViCAConfig.from_dict(raw),
         variant=model_args.variant,
@@ -39,20 +38,18 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
         raise ViCAError(f"{folder} has no vision tower and --vision_tower names none")
 
     set_seed(train_args.seed)  # of a new projector, and of adapters
-    weights = base_weights(folder, config) if fresh else read_weights(folder, config)
+    weights = checkpoint.read_with_tower(folder, config)
     if model_args.pretrain_mm_mlp_adapter:
+        weights = {name: x for name, x in weights.items() if not name.startswith(PROJECTOR)}
         weights |= checkpoint.read_projector(model_args.pretrain_mm_mlp_adapter)
+    elif fresh:
+        weights |= new_projector(config)
     checkpoint.check_weights(ViCAForConditionalGeneration, config, weights, folder)
     model = ViCAForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=loading_dtype(train_args), **quantisation(train_args)
     )
-    model.config.name_or_path = str(model_args.model_name_or_path)
-    processor = (
-        ViCAProcessor.from_config(config, load_tokenizer(folder, **hub)) if fresh else load_processor(folder, config)
-    )
-    if processor is None:
-        raise ViCAError(f"{folder} holds no tokenizer")
-    return model, processor
+    model.config.name_or_path = model.name_or_path = str(model_args.model_name_or_path)  # the latter for peft
+    return model, read_processor(folder, config)
 
 
 def new_config(raw: dict, args) -> ViCAConfig:
@@ -65,15 +62,20 @@ def new_config(raw: dict, args) -> ViCAConfig:
     )
 
 
-def base_weights(folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
-    """A language model's weights, its tower's beside them, and a new projector."""
+def new_projector(config: ViCAConfig) -> dict[str, torch.Tensor]:
     projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.text_config.hidden_size)
-    new = {f"model.mm_projector.{name}": tensor for name, tensor in projector.state_dict().items()}
-    return checkpoint.read_tensors(folder, layout="llava") | checkpoint.read_tower(config.mm_vision_tower) | new
+    return {PROJECTOR + name: tensor for name, tensor in projector.state_dict().items()}
 
 
-def read_weights(folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
-    return checkpoint.read_checkpoint(ViCAForConditionalGeneration, folder, config)
+def read_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor:
+    """Tokens and pixels as the folder says; this run's template and way of squaring images, because the model will be
+    asked as it was trained."""
+    saved = load_processor(folder, config)
+    if saved is None:
+        raise ViCAError(f"{folder} holds no tokenizer")
+    processor = ViCAProcessor.from_config(config, saved.tokenizer)
+    processor.image_processor = saved.image_processor
+    return processor
 
 
 def loading_dtype(args) -> torch.dtype:

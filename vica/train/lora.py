@@ -1,5 +1,6 @@
 """Adapters on the language model: put on, and merged back in."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -7,9 +8,11 @@ from torch import nn
 
 from ..errors import ViCAError
 from ..model import checkpoint
-from .saving import NON_LORA_FILE
+from ..model.config import ViCAConfig
+from ..model.llava import ViCAForConditionalGeneration
+from .stages import is_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def peft():
@@ -37,29 +40,49 @@ def add_adapters(model, args):
     return peft().get_peft_model(model, config)
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def base_of(folder: Path) -> str:
     """What the adapters were trained on, as they tell it."""
-    name = checkpoint.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = checkpoint.read_json(folder / checkpoint.ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
-        raise ViCAError(f"{folder / ADAPTER_CONFIG} does not name its base model: give --base")
+        raise ViCAError(f"{folder / checkpoint.ADAPTER_CONFIG} does not name its base model: give --base")
     return name
 
 
-def merge(model, folder: Path):
-    """`model` (of the base) with the folder's adapters merged into its weights, and what else had learned put in."""
-    others = checkpoint.read_file(folder / NON_LORA_FILE)
-    beginnings = ("base_model.model.", "base_model.")
-    state = {}
-    for name, tensor in others.items():
-        beginning = next((x for x in beginnings if name.startswith(x)), "")
-        name = name.removeprefix(beginning)
-        state["model." + name if name.startswith(("mm_projector", "vision_tower")) else name] = tensor
-    with torch.no_grad():
-        result = model.load_state_dict(state, strict=False)
-        if result.unexpected_keys:
-            raise ViCAError(f"{folder / NON_LORA_FILE} holds {result.unexpected_keys[0]}, which the base model lacks")
-        return peft().PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+def merged_weights(folder: Path, base: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+    """A whole model's, in the base's precision: the base's weights, what else had learned in place of its own, and the
+    adapters added. `base` may be a plain language model; `folder` may be LLaVA's."""
+    adapters = read_adapters(folder)
+    weights = checkpoint.read_with_tower(base, config) | read_others(folder)
+    checkpoint.check_weights(ViCAForConditionalGeneration, config, weights, f"{folder} on {base}")
+    dtype = weights["model.embed_tokens.weight"].dtype
+    model = ViCAForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    settings = peft().PeftConfig.from_pretrained(str(folder))
+    settings.exclude_modules = r"(.*\.)?vision_tower\..*"  # LLaVA names the layers that the tower has too
+    try:
+        model = peft().PeftModel.from_pretrained(model, str(folder), config=settings)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ViCAError(f"the adapters of {folder} do not fit {base}: {reason}") from error
+    placed = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    if wrong := sorted(name for name in adapters.keys() ^ placed.keys() if is_adapter(name)):
+        raise ViCAError(f"the adapters of {folder} do not fit {base}: {wrong[0]} is in one of the two only")
+    return model.merge_and_unload().state_dict()
+
+
+def read_adapters(folder: Path) -> dict[str, torch.Tensor]:
+    path = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ViCAError(f"{folder} holds no {' or '.join(ADAPTER_FILES)}")
+    return checkpoint.read_file(path)
+
+
+def read_others(folder: Path) -> dict[str, torch.Tensor]:
+    """The projector, and whatever else learned in full."""
+    path = folder / checkpoint.NON_LORA_FILE
+    return {own_name(name): x for name, x in checkpoint.read_file(path).items()} if path.is_file() else {}
+
+
+def own_name(name: str) -> str:
+    """Without what peft adds: how much it puts in front depends on who wrapped the model."""
+    bare = re.sub(r"^(base_model\.)?(model\.)*", "", name).replace(".base_layer.", ".")
+    return bare if bare.startswith("lm_head.") else f"model.{bare}"

@@ -11,14 +11,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from ..data.collate import Collator
-from ..data.samples import open_samples
+from ..data.samples import Samples, Stream, open_samples
 from ..data.skipped import Skipped
-from ..data.training import TrainingSet, TrainingStream
+from ..data.training import TrainingSet, TrainingStream, check_folder
 from ..errors import ViCAError
 from ..model.sizes import visual_tokens
 from . import curve, saving
 from .arguments import parse
-from .build import build, widen
+from .build import build, loading_dtype, widen
 from .lora import add_adapters
 from .meter import Meter, peak_flops
 from .stages import Trained, describe, freeze
@@ -43,13 +43,14 @@ def train(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse(argv)
     prepare(args)
     trained = Trained.of(args)
+    records = open_records(data_args, args)
     model, processor = build(model_args, data_args, args)
     if trained.adapters:
         model = add_adapters(model, args)
     freeze(model, trained)
     widen(model, args)
     config = model.get_base_model().config if trained.adapters else model.config
-    samples = training_set(data_args, args, processor, config)
+    samples = training_set(records, data_args, args, processor, config)
     total = None if isinstance(samples, IterableDataset) else len(samples)
     if args.should_save:
         announce(args, model, total)
@@ -96,7 +97,14 @@ def stay_offline_without_key(folder: str) -> None:
         os.environ["WANDB_MODE"] = "offline"
 
 
-def training_set(data_args, args, processor, config):
+def open_records(data_args, args) -> Samples | Stream:
+    if data_args.streaming and args.max_steps <= 0:
+        raise ViCAError("--streaming has no known length: give --max_steps")
+    check_folder(data_args.image_folder)
+    return open_samples(data_args.data_path, data_args.streaming)
+
+
+def training_set(records: Samples | Stream, data_args, args, processor, config):
     options = dict(
         image_folder=data_args.image_folder,
         template=config.conversation,
@@ -104,11 +112,8 @@ def training_set(data_args, args, processor, config):
         visual_tokens=visual_tokens(config),
     )
     if not data_args.streaming:
-        return TrainingSet(open_samples(data_args.data_path), processor, **options)
-    if args.max_steps <= 0:
-        raise ViCAError("--streaming has no known length: give --max_steps")
-    stream = open_samples(data_args.data_path, streaming=True)
-    return TrainingStream(stream, processor, seed=args.data_seed or args.seed, **options)
+        return TrainingSet(records, processor, **options)
+    return TrainingStream(records, processor, seed=args.data_seed or args.seed, **options)
 
 
 def announce(args, model, total: int | None) -> None:
@@ -133,6 +138,8 @@ def finish(trainer: ViCATrainer) -> None:
     args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.check_last_loss()
     staging = output / saving.UNFINISHED
+    if trainer.whole:
+        trainer.model.to(loading_dtype(args))
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if args.should_save:

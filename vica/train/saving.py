@@ -8,20 +8,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import ViCAError
-from ..model.checkpoint import PROJECTOR_FILE
+from ..model.checkpoint import NON_LORA_FILE, PROJECTOR_FILE
 from .stages import is_adapter, part_of
 
 UNFINISHED = "unfinished"  # inside the output folder; left behind by a run that was killed while it saved
 TRAINED_FILE = "trained.safetensors"
-NON_LORA_FILE = "non_lora_trainables.bin"
 
 
-def write_trained(folder: Path, model, state: dict[str, torch.Tensor], adapters: bool) -> None:
+def write_trained(folder: Path, model, state: dict[str, torch.Tensor], with_adapters: bool) -> None:
     """Of a stage that leaves the language model alone: what learned, to go on from, and LLaVA's files of it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED_FILE)
-    if adapters:
-        model.save_pretrained(folder, state_dict={k: v for k, v in state.items() if is_adapter(k)})
+    if with_adapters:
+        adapters = {name: tensor for name, tensor in state.items() if is_adapter(name)}
+        model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
         torch.save({k: v for k, v in state.items() if not is_adapter(k)}, folder / NON_LORA_FILE)
     else:
         projector = {k: v for k, v in state.items() if part_of(k) == "projector"}

@@ -55,9 +55,9 @@ def is_adapter(name: str) -> bool:
 
 
 def freeze(model: nn.Module, trained: Trained) -> None:
-    """Sets `requires_grad` of every parameter but adapters', which peft sets."""
+    """Sets `requires_grad` of every parameter. A language model with adapters is peft's: it may train biases too."""
     for name, parameter in model.named_parameters():
-        if not is_adapter(name):
+        if not (trained.adapters and part_of(name) == "language model"):
             parameter.requires_grad_(part_of(name) in trained.parts)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ViCAError("nothing is left to train: every part of the model is frozen")

@@ -70,7 +70,7 @@ class ViCATrainer(Trainer):
         self.meter.count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.check_last_loss()
-        self.unchecked = (*self.to_host(loss), inputs["sample_ids"])
+        self.unchecked = (*self.to_host(loss), self.state.global_step + 1, inputs["sample_ids"])
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -88,12 +88,12 @@ class ViCATrainer(Trainer):
         """A step late, so that the device is never waited for; but before anything is saved."""
         if self.unchecked is None:
             return
-        loss, event, samples = self.unchecked
+        loss, event, step, samples = self.unchecked
         if event is not None:
             event.synchronize()
         if not torch.isfinite(loss):
             shown = ", ".join(samples[:32]) + (f" and {len(samples) - 32} more" if len(samples) > 32 else "")
-            raise ViCAError(f"the loss is {loss.item()} at step {self.state.global_step} for the samples {shown}")
+            raise ViCAError(f"the loss is {loss.item()} at step {step} for the samples {shown}")
         self.unchecked = None
 
     def create_optimizer(self, model=None):

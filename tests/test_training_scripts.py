@@ -1,0 +1,73 @@
+"""scripts/v1_5: every flag is known, every script parses, and one of them trains."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import LAYERS, losses, write_base
+from vica.toy.write import write
+from vica.train.arguments import build_parser
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(p for p in (ROOT / "scripts").rglob("*") if p.suffix in (".sh", ".slurm"))
+TRAINING = [p for p in SCRIPTS if p.parent.name == "v1_5"]
+LAUNCHERS = {
+    "--num_gpus", "--master_port", "--hostfile", "--module", "--nproc_per_node", "--nnodes", "--node_rank",
+    "--master_addr", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--job-name",
+}  # fmt: skip
+
+
+def flags_of(script: Path) -> set[str]:
+    lines = [line for line in script.read_text().splitlines() if not line.startswith("# ")]
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(lines)))
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda p: p.name)
+def test_flags_are_known(script):
+    known = set(build_parser()._option_string_actions)
+    assert not flags_of(script) - known - LAUNCHERS
+    assert script.name in ("launch.sh", "finetune.slurm") or len(flags_of(script)) > 8
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def start(script: str, *flags: str, **variables) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    env |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", f"scripts/v1_5/{script}", *flags]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
+
+def test_pretrain_runs(tmp_path):
+    """The file of configs/ stays in charge of all that no flag names."""
+    base, world, out = write_base(tmp_path), write(tmp_path / "world", 20, 1), tmp_path / "out"
+    flags = {"model_name_or_path": base / "llm", "vision_tower": base / "tower", "max_steps": 2}
+    done = start(
+        "pretrain.sh", *(str(x) for name, value in flags.items() for x in (f"--{name}", value)),
+        DATA=world / "pretrain.json", IMAGES=world / "images", OUTPUT=out, T2V_LAYERS=LAYERS, BATCH=2, GLOBAL_BATCH=4,
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "batch 4 (1 processes), 20 samples" in done.stdout
+    assert len(losses(out)) == 2 and (out / "mm_projector.bin").is_file()
+
+
+@pytest.mark.parametrize(
+    "script, variables, said",
+    [
+        ("pretrain.sh", dict(MODEL="9b"), "MODEL is '9b': there is no configs/vica-llava-1.5-9b.json"),
+        ("pretrain.sh", dict(GLOBAL_BATCH=5, BATCH=2, GPUS=1), "GLOBAL_BATCH=5 is no multiple of BATCH=2"),
+        ("finetune_task.sh", dict(), "DATA: names the samples"),
+    ],
+)
+def test_mistakes_in_the_environment(script, variables, said):
+    done = start(script, **variables)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
