@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The whole recipe in small: a drawn world, a tower and a language model made for it, then both training stages by the
+# very scripts of v1_5/, for dense and for ViCA, and the questions of a test world asked of each.
+#   bash scripts/toy.sh                     one GPU: some minutes for the world and the base, and some for each run
+#   RUNS="vica dense" SEEDS=0 EPOCHS=2 bash scripts/toy.sh
+#
+#   RUNS     of: vica (configs/toy.json's layers), dense, random (as many layers, by chance), blind (no layers)
+#   SEEDS    of the training, world and base being the same                               (default: 0 1 2)
+#   JOBS     runs at the same time: each alone leaves most of a large card idle           (default: 4)
+#   PICTURES, EPOCHS, FOLDER                                      (default: 20000, 30, playground/toy)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export CONFIG=configs/toy.json ENGINE=none GLOBAL_BATCH=128 BATCH=128 GPUS=1 OMP_NUM_THREADS=1
+FOLDER="${FOLDER:-playground/toy}" RUNS="${RUNS:-vica dense random blind}" SEEDS="${SEEDS:-0 1 2}" JOBS="${JOBS:-4}"
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+fi
+export PYTHON
+
+[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-20000}"
+[ -d "$FOLDER/base/tower" ] || "$PYTHON" -m vica.toy.base --world "$FOLDER/world" --out "$FOLDER/base"
+
+layers() { # of a run with a seed, as JSON
+    "$PYTHON" - "$1" "$2" "$CONFIG" <<'PYTHON'
+import json, random, sys
+
+name, seed, config = sys.argv[1:]
+chosen = json.load(open(config))["t2v_layers"]
+depth = json.load(open(json.load(open(config))["language_model"] + "/config.json"))["num_hidden_layers"]
+others = [layer for layer in range(depth) if layer not in chosen]
+print({"vica": chosen, "random": sorted(random.Random(seed).sample(others, len(chosen)))}.get(name, []))
+PYTHON
+}
+
+train() { # name seed: both stages and the test, unless they are there
+    local out="$FOLDER/runs/$1-$2" variant=accel common
+    [ "$1" = dense ] && variant=dense
+    T2V_LAYERS="$(layers "$1" "$2")"
+    export T2V_LAYERS
+    common=(--variant "$variant" --seed "$2" --model_name_or_path "$FOLDER/base/llm" --vision_tower "$FOLDER/base/tower"
+        --gradient_checkpointing False --group_by_modality_length False --logging_steps 10 --save_strategy no
+        --disable_tqdm True)
+    mkdir -p "$out"
+    [ -f "$out/projector/mm_projector.bin" ] || DATA="$FOLDER/world/pretrain.json" IMAGES="$FOLDER/world/images" \
+        OUTPUT="$out/projector" bash scripts/v1_5/pretrain.sh "${common[@]}" > "$out/pretrain.log" 2>&1
+    [ -f "$out/model/config.json" ] || DATA="$FOLDER/world/finetune.json" IMAGES="$FOLDER/world/images" \
+        PROJECTOR="$out/projector" OUTPUT="$out/model" bash scripts/v1_5/finetune.sh "${common[@]}" \
+        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-30}" > "$out/finetune.log" 2>&1
+    [ -f "$out/score.json" ] || T2V_LAYERS='' "$PYTHON" -m vica.toy.evaluate "$out/model" --world "$FOLDER/world" \
+        --json "$out/score.json" > "$out/score.txt"
+    echo "$1, seed $2, layers $T2V_LAYERS: $(tail -n 1 "$out/score.txt")"
+}
+
+pids=()
+for seed in $SEEDS; do
+    for name in $RUNS; do
+        if [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; then wait -n; fi
+        train "$name" "$seed" &
+        pids+=($!)
+    done
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+"$PYTHON" -m vica.toy.claim "$FOLDER/runs" --out "$FOLDER/claim"

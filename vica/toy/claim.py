@@ -1,0 +1,109 @@
+"""Accuracy by kind of question, visual FLOPs and training time of the runs that scripts/toy.sh made."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..errors import ViCAError
+from ..model.checkpoint import read_json
+from ..model.config import ViCAConfig
+from ..model.flops import visual_flops
+from ..model.sizes import visual_tokens
+
+ORDER = ("dense", "vica", "random", "blind")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vica.toy.claim", description=__doc__)
+    parser.add_argument("runs", type=Path, help="folder that holds NAME-SEED/score.json and NAME-SEED/model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for claim.json, claim.md and claim.png")
+    args = parser.parse_args(argv)
+    try:
+        runs = read_runs(args.runs)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
+        text = markdown(runs)
+        (args.out / "claim.md").write_text(text)
+        draw(runs, args.out / "claim.png")
+    except (ViCAError, OSError) as error:
+        print(f"vica.toy.claim: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
+
+
+def read_runs(folder: Path) -> list[dict]:
+    found = sorted(folder.glob("*/score.json"))
+    if not found:
+        raise ViCAError(f"{folder} holds no NAME-SEED/score.json")
+    return [read_run(path.parent) for path in found]
+
+
+def read_run(folder: Path) -> dict:
+    name, seed = folder.name.rsplit("-", 1)
+    config = ViCAConfig.from_dict(read_json(folder / "model" / "config.json"))
+    history = read_json(folder / "model" / "trainer_state.json")["log_history"]
+    return dict(
+        name=name,
+        seed=int(seed),
+        t2v_layers=config.t2v_layers if config.variant != "dense" else None,
+        visual_flops=visual_flops(config, visual_tokens(config)),
+        seconds=next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry),
+        steps=history[-1]["step"],
+        loss=next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        score=read_json(folder / "score.json"),
+    )
+
+
+def markdown(runs: list[dict]) -> str:
+    names = [name for name in ORDER if any(run["name"] == name for run in runs)]
+    of = {name: [run for run in runs if run["name"] == name] for name in names}
+    kinds = list(runs[0]["score"])
+    rows = [["%", *names], ["---"] * (len(names) + 1)]
+    rows += [[kind, *(spread([share(run, kind) for run in of[name]]) for name in names)] for kind in kinds]
+    if "dense" in of:
+        base = mean(share(run, "all") for run in of["dense"])
+        flops = of["dense"][0]["visual_flops"]
+        rows.append(["of dense's accuracy", *(f"{mean(share(r, 'all') for r in of[n]) / base:.1%}" for n in names)])
+        rows.append(["of dense's visual FLOPs", *(f"{of[n][0]['visual_flops'] / flops:.1%}" for n in names)])
+    rows.append(["training, s", *(f"{mean(run['seconds'] for run in of[name]):.0f}" for name in names)])
+    rows.append(["seeds", *(str(len(of[name])) for name in names)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def share(run: dict, kind: str) -> float:
+    right, of = run["score"][kind]
+    return 100 * right / of
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ViCAError("the plot needs matplotlib: pip install 'vica[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in ORDER if any(run["name"] == name for run in runs)]
+    kinds = list(runs[0]["score"])
+    figure, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    for place, name in enumerate(names):
+        values = [[share(run, kind) for run in runs if run["name"] == name] for kind in kinds]
+        at = [x + (place - (len(names) - 1) / 2) * 0.8 / len(names) for x in range(len(kinds))]
+        axes.bar(at, [mean(v) for v in values], 0.8 / len(names), label=name)
+        axes.scatter([x for x, v in zip(at, values) for _ in v], [y for v in values for y in v], s=6, color="black")
+    axes.set_xticks(range(len(kinds)), [kind.replace("_", "\n") for kind in kinds])
+    axes.set(ylabel="right answers, %", ylim=(0, 100))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
