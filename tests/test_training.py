@@ -341,6 +341,12 @@ def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
     assert line.startswith("vica train: ") and said in line
 
 
+@pytest.mark.parametrize("missing", ["data_path", "image_folder"])
+def test_missing_data_is_told_before_a_model_is_loaded(root, tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(run, "build", lambda *_: pytest.fail("loaded"))
+    assert main(arguments(root, tmp_path, **{missing: "nowhere"})) == 1
+
+
 def test_values_that_the_parser_refuses(root, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         program(["train", *arguments(root, tmp_path, lora_bias="some")])
