@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import vica
 from tests.builders import assert_close
-from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, arguments, write_base
+from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, arguments, tower_weights, write_base
 from vica.cli.main import main as program
-from vica.model.layouts import TOWER
 from vica.toy.write import write
 from vica.train.run import main
 from vica.train.trainer import ViCATrainer
@@ -62,8 +61,7 @@ def merged_logits(folder: Path, target: Path, root: Path, *flags: str) -> torch.
 
 def test_only_adapters_and_projector_move(root, adapters):
     folder, model = adapters
-    base = load_file(root / "llm" / FILE)
-    base |= {TOWER + name.removeprefix("vision_model."): x for name, x in load_file(root / "tower" / FILE).items()}
+    base = load_file(root / "llm" / FILE) | tower_weights(root)
     after = {plain(name): x for name, x in model.state_dict().items()}
     assert base.keys() == {name for name in after if "lora_" not in name} - PROJECTOR
     assert all(torch.equal(base[name], after[name]) for name in base)

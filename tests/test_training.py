@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionModel
 
 import vica
 from tests.builders import assert_close, tiny_model, tiny_vision
-from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, arguments, losses, write_base
+from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, arguments, losses, tower_weights, write_base
 from vica.cli.main import main as program
 from vica.data.collate import Collator
 from vica.data.training import Example
-from vica.model.layouts import TOWER
 from vica.toy.write import write
 from vica.train import run
 from vica.train.run import main
@@ -83,11 +81,7 @@ LM = "language model"
 def test_what_learns(root, tmp_path, set_up, capsys, flags, parts):
     if "adapters" in parts:
         pytest.importorskip("peft")
-    tower = CLIPVisionModel.from_pretrained(root / "tower").state_dict()
-    names = {
-        LM: LANGUAGE, "projector": PROJECTOR, "adapters": ADAPTERS,
-        "tower": {TOWER + name.removeprefix("vision_model.") for name in tower},
-    }  # fmt: skip
+    names = {LM: LANGUAGE, "projector": PROJECTOR, "adapters": ADAPTERS, "tower": tower_weights(root).keys()}
     assert main(arguments(root, tmp_path, **flags)) == 0
     learning = {name: p.numel() for name, p in set_up[0].model.named_parameters() if p.requires_grad}
     in_front = WRAPPED if "adapters" in parts else ""
@@ -246,6 +240,17 @@ def test_stage_2_writes_a_checkpoint(root, stage2):
         assert torch.isfinite(model(**inputs).logits).all()
 
 
+def test_stage_2_writes_a_checkpoint_even_if_it_learns_little(root, stage1, tmp_path):
+    flags = dict(freeze_backbone=True, unfreeze_mm_vision_tower=True, pretrain_mm_mlp_adapter=stage1)
+    folder = trained(root, tmp_path, **flags)
+    model, _ = vica.load(folder, device="cpu")
+    begun = load_file(root / "llm/model.safetensors") | torch.load(stage1 / "mm_projector.bin", weights_only=True)
+    begun |= tower_weights(root)
+    learned = {name for name, x in model.state_dict().items() if not torch.equal(x, begun[name])}
+    assert learned - PROJECTOR == learned & tower_weights(root).keys() != set()
+    assert learned >= PROJECTOR
+
+
 def test_finetune_from_a_checkpoint(root, stage2, tmp_path):
     """The checkpoint brings tower, projector and layers. Template and square are those of the run, also when saved."""
     flags = dict(model_name_or_path=stage2, vision_tower=None, t2v_layers=None, image_aspect_ratio="crop")
@@ -324,12 +329,22 @@ def test_too_many_broken_samples(root, tmp_path, broken, capsys):
         (dict(mm_patch_merge_type="spatial"), "--mm_patch_merge_type is 'spatial'; only 'flat'"),
         (dict(version="v9"), "unknown conversation template 'v9'"),
         (dict(no_such_flag=1), "--no_such_flag"),
+        (dict(eval_strategy="steps"), "there is no evaluation while training"),
+        (dict(report_to="paper"), "paper is not supported"),
+        (dict(optim="lomo"), "lomo_optim"),
+        (dict(output_dir="/proc/out"), "/proc/out"),
     ],
 )
 def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
     assert program(["train", *arguments(root, tmp_path / "out", **flags)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("vica train: ") and said in line
+
+
+@pytest.mark.parametrize("missing", ["data_path", "image_folder"])
+def test_missing_data_is_told_before_a_model_is_loaded(root, tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(run, "build", lambda *_: pytest.fail("loaded"))
+    assert main(arguments(root, tmp_path, **{missing: "nowhere"})) == 1
 
 
 def test_values_that_the_parser_refuses(root, tmp_path, capsys):

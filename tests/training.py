@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from vica.model.layouts import TOWER
 from vica.toy.model import build_tokenizer
 
 LAYERS = "[0, 2]"
@@ -58,6 +60,12 @@ def arguments(root: Path, output: Path, stage: str | None = "finetune", **change
     )  # fmt: skip
     given = {name: str(value) for name, value in (flags | changes).items() if value is not None}
     return [text for name, value in given.items() for text in (f"--{name}", value)]
+
+
+def tower_weights(root: Path) -> dict[str, torch.Tensor]:
+    """Under the names that they have in the whole model."""
+    weights = load_file(root / "tower/model.safetensors")
+    return {TOWER + name.removeprefix("vision_model."): x for name, x in weights.items()}
 
 
 def losses(folder: Path) -> list[float]:

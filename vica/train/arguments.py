@@ -1,8 +1,10 @@
 """Training's flags: LLaVA's names, transformers' TrainingArguments, and the wiring."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import ViCAError
@@ -93,6 +95,8 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self):
         self.settle_stage()
+        if self.eval_strategy != "no":
+            raise ViCAError(f"--eval_strategy is {str(self.eval_strategy)!r}; there is no evaluation while training")
         self.remove_unused_columns = False  # the collator's columns are not all the model's
         self.warmup_steps = self.warmup_steps or self.warmup_ratio  # one name for both since transformers 5
         rename_checkpointing(self)
@@ -121,6 +125,17 @@ def rename_checkpointing(args: TrainingArguments) -> None:
 UNSUPPORTED = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat"}
 
 
+@contextmanager
+def one_line_complaints():
+    """transformers and peft raise nearly anything at settings that they cannot follow."""
+    try:
+        yield
+    except (ViCAError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        raise ViCAError(" ".join(str(error).split())) from error
+
+
 def build_parser() -> HfArgumentParser:
     return HfArgumentParser(
         (ModelArguments, DataArguments, TrainArguments),
@@ -131,11 +146,8 @@ def build_parser() -> HfArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainArguments]:
-    parser = build_parser()
-    try:
-        model, data, train = parser.parse_args_into_dataclasses(argv)
-    except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own complaints
-        raise ViCAError(" ".join(str(error).split())) from error
+    with one_line_complaints():
+        model, data, train = build_parser().parse_args_into_dataclasses(argv)
     for name, supported in UNSUPPORTED.items():
         if getattr(model, name) != supported:
             raise ViCAError(f"--{name} is {getattr(model, name)!r}; only {supported!r} is supported")

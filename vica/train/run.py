@@ -17,7 +17,7 @@ from ..data.training import TrainingSet, TrainingStream, check_folder
 from ..errors import ViCAError
 from ..model.sizes import visual_tokens
 from . import curve, saving
-from .arguments import parse
+from .arguments import one_line_complaints, parse
 from .build import build, loading_dtype, widen
 from .lora import add_adapters
 from .meter import Meter, peak_flops
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> int:
     try:
         train(argv)
-    except ViCAError as error:
+    except (ViCAError, OSError) as error:
         print(f"vica train: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -46,7 +46,8 @@ def train(argv: list[str] | None = None) -> None:
     records = open_records(data_args, args)
     model, processor = build(model_args, data_args, args)
     if trained.adapters:
-        model = add_adapters(model, args)
+        with one_line_complaints():
+            model = add_adapters(model, args)
     freeze(model, trained)
     widen(model, args)
     config = model.get_base_model().config if trained.adapters else model.config
@@ -54,16 +55,17 @@ def train(argv: list[str] | None = None) -> None:
     total = None if isinstance(samples, IterableDataset) else len(samples)
     if args.should_save:
         announce(args, model, total)
-    trainer = ViCATrainer(
-        model=model,
-        args=args,
-        train_dataset=samples,
-        data_collator=Collator(processor.pad_id),
-        processing_class=processor,
-        trained=trained,
-        meter=Meter(config, trained, peak_flops(args.peak_tflops, args.device)),
-        skipped=Skipped(Path(args.output_dir) / "skipped.jsonl", data_args.max_broken_share, total),
-    )
+    with one_line_complaints():
+        trainer = ViCATrainer(
+            model=model,
+            args=args,
+            train_dataset=samples,
+            data_collator=Collator(processor.pad_id),
+            processing_class=processor,
+            trained=trained,
+            meter=Meter(config, trained, peak_flops(args.peak_tflops, args.device)),
+            skipped=Skipped(Path(args.output_dir) / "skipped.jsonl", data_args.max_broken_share, total),
+        )
     trainer.train(resume_from_checkpoint=resume_point(args))
     finish(trainer)
 

@@ -16,7 +16,7 @@ TRAINED_FILE = "trained.safetensors"
 
 
 def write_trained(folder: Path, model, state: dict[str, torch.Tensor], with_adapters: bool) -> None:
-    """Of a stage that leaves the language model alone: what learned, to go on from, and LLaVA's files of it."""
+    """Of stage 1 and of adapters: what learned, to go on from, and LLaVA's files of it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED_FILE)
     if with_adapters:

@@ -12,6 +12,7 @@ from ..data.grouping import LengthGroupedSampler
 from ..data.skipped import Skipped
 from ..errors import ViCAError
 from . import saving
+from .arguments import one_line_complaints
 from .meter import Meter
 from .stages import Trained, part_of
 
@@ -22,7 +23,8 @@ class ViCATrainer(Trainer):
     def __init__(self, *args, trained: Trained, meter: Meter, skipped: Skipped, **kwargs):
         super().__init__(*args, **kwargs)
         self.trained, self.meter, self.skipped = trained, meter, skipped
-        self.whole = "language model" in trained.parts  # then checkpoints hold the whole model
+        # What checkpoints of stage 2 hold, even if it learns little, but not where the base is quantised.
+        self.whole = self.args.stage == "finetune" and not trained.adapters and self.args.bits == 16
         self.learning = [name for name, p in self.model.named_parameters() if p.requires_grad]  # before it is sharded
         self.unchecked: tuple | None = None  # the last loss, on its way from the device
         self.save_into = self.args.output_dir
@@ -105,7 +107,8 @@ class ViCATrainer(Trainer):
                 if parameter.requires_grad:
                     own_rate = self.args.mm_projector_lr if part_of(name) == "projector" else None
                     groups.setdefault((name in decayed, own_rate), []).append(parameter)
-            chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            with one_line_complaints():
+                chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = chosen([self.group(*key, parameters) for key, parameters in groups.items()], **settings)
         return self.optimizer
 
