@@ -14,11 +14,13 @@ from vica.bench.drive import Drive
 from vica.bench.inputs import Prompts, Shape
 from vica.bench.models import SHAPES, Models, preset_config, random_model
 from vica.bench.peers import Transformers
+from vica.bench.training import Mix, Ours, Peer, make_batches
 from vica.cli.main import main
 from vica.engine.runner import Runner
-from vica.model.flops import LayerFlops, dense, prefill_flops, visual_flops
+from vica.model.flops import LayerFlops, dense, prefill_flops, sample_flops, visual_flops
 from vica.model.llava import ViCAForConditionalGeneration
 from vica.toy.model import save
+from vica.train.stages import part_of
 
 CPU = torch.device("cpu")
 
@@ -76,6 +78,24 @@ def test_flops_of_attention(variant, layers, frozen):
     measured = counted_by_torch(lambda: model(**inputs))["batched"]
     rotary = counted_by_torch(lambda: model.model.rotary(torch.arange(visual + 2), torch.float32))["batched"]
     assert measured - rotary - masked == prefill_flops(model.config, 1, visual, 1).attention > 0
+
+
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+def test_flops_of_a_training_sample(variant):
+    """Linear maps: every row's, and the vocabulary's for the rows that have a label."""
+    model = tiny_model(variant=variant, t2v_layers=[0, 2], freeze_prefix=False)
+    inputs = batch([Row((image(20), 9))])
+    labels = inputs["input_ids"].clone()
+    labels[:, :6] = -100  # the placeholder is column 0
+    measured = counted_by_torch(lambda: model(**inputs, labels=labels, skip_logits=True))
+    attention = sample_flops(model.config, 9, 20, 0) - linear_alone(model.config, 9, 20)
+    assert sample_flops(model.config, 9, 20, 4) - attention == measured["linear"]
+    assert attention == prefill_flops(model.config, 0, 20, 9).attention > 0
+
+
+def linear_alone(config, text: int, visual: int) -> int:
+    found = prefill_flops(config, 0, visual, text)
+    return found.linear - 2 * config.text_config.hidden_size * config.text_config.vocab_size
 
 
 def test_attention_of_several_tokens_by_hand():
@@ -231,6 +251,33 @@ def test_throughput(capsys, monkeypatch):
     assert all(c["questions_per_s"] == pytest.approx(c["questions"] / c["seconds"][0]) for c in cells)
     assert "best batch" in out and "prepared pixels" in out and found["images"] == 2
     assert sum(encoded) == 2 * 2 * 2, "each run of both engines meets each picture for the first time, and once"
+
+
+def test_training(capsys):
+    """Every column takes the same steps: as many samples, the same loss where it is the same function."""
+    out, found = bench(capsys, "train", "--preset", "toy", "--samples", "2", "--batch", "2", "2", "--repeats", "1")
+    cells = {(c["stage"], c["column"]): c for c in found["cells"]}
+    assert len(cells) == 10 and all(c["samples"] == 2 and not c["failure"] for c in cells.values())
+    for stage in ("pretrain", "finetune"):
+        loss = {column: cells[stage, column]["losses"] for _, column in cells}
+        assert loss["accel"] == pytest.approx(loss["mask"], rel=1e-5)
+        assert loss["accel"] == pytest.approx(loss["stored"], rel=1e-5)
+        assert loss["dense"] == pytest.approx(loss["transformers"], rel=1e-5)
+        assert loss["dense"] != pytest.approx(loss["accel"], rel=1e-5)
+        assert cells[stage, "accel"]["samples_per_s"] > cells[stage, "dense"]["samples_per_s"]
+    assert "against dense" in out and "samples/s" in out
+
+
+def test_only_what_the_stage_trains_learns(models):
+    batches = make_batches(models, Mix(8, 0.4, 16, 1, 1.0, 0), 2, 2, seed=0)
+    for stage, parts in (("pretrain", {"projector"}), ("finetune", {"projector", "language model"})):
+        for column in ("transformers", "mask", "accel"):
+            subject = (Peer if column == "transformers" else Ours)(models, column, stage)
+            subject.loss(batches[0]).backward()
+            learning = {part_of(name) for name, p in models.accel.named_parameters() if p.grad is not None}
+            models.accel.zero_grad()
+            subject.close()
+            assert learning == parts
 
 
 def test_order_of_the_questions():

@@ -64,9 +64,9 @@ def markdown(runs: list[dict]) -> str:
     rows = [["%", *names], ["---"] * (len(names) + 1)]
     rows += [[kind, *(spread([share(run, kind) for run in of[name]]) for name in names)] for kind in kinds]
     if "dense" in of:
-        base = mean(share(run, "all") for run in of["dense"])
-        flops = of["dense"][0]["visual_flops"]
-        rows.append(["of dense's accuracy", *(f"{mean(share(r, 'all') for r in of[n]) / base:.1%}" for n in names)])
+        base, flops = mean(share(run, "all") for run in of["dense"]), of["dense"][0]["visual_flops"]
+        overall = [mean(share(run, "all") for run in of[name]) for name in names]
+        rows.append(["of dense's accuracy", *(f"{x / base:.1%}" if base else "-" for x in overall)])
         rows.append(["of dense's visual FLOPs", *(f"{of[n][0]['visual_flops'] / flops:.1%}" for n in names)])
     rows.append(["training, s", *(f"{mean(run['seconds'] for run in of[name]):.0f}" for name in names)])
     rows.append(["seeds", *(str(len(of[name])) for name in names)])
