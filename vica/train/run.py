@@ -108,7 +108,7 @@ def training_set(data_args, args, processor, config):
     if args.max_steps <= 0:
         raise ViCAError("--streaming has no known length: give --max_steps")
     stream = open_samples(data_args.data_path, streaming=True)
-    return TrainingStream(stream, processor, seed=args.data_seed or args.seed, **options)
+    return TrainingStream(stream, processor, seed=args.data_seed or args.seed, endless=True, **options)
 
 
 def announce(args, model, total: int | None) -> None:
