@@ -9,7 +9,7 @@ from ..errors import ViCAError
 from .attention import Kernel
 from .cache import ViCACache
 from .config import ViCAConfig
-from .llama import Block, Call, Rotary, run_layers
+from .llama import Block, Call, Rotary, among_ranks, run_layers
 from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
 from .plan import LayerPlan
@@ -65,11 +65,10 @@ class ViCAModel(ViCAPreTrainedModel):
 
     def encode_no_image(self) -> torch.Tensor:
         """Features of no image, [0, tokens, width], for text-only batches in training: the projector's gradients are
-        zeros instead of missing. Where ranks share weights in pieces they must all gather the same ones in the same
-        order, so there the tower sees a blank picture, of which nothing is kept."""
+        zeros instead of missing. Among ranks the tower sees a blank picture, of which nothing is kept."""
         weight, config = self.embed_tokens.weight, self.config
         features = weight.new_zeros(0, visual_tokens(config), config.mm_hidden_size)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if among_ranks():
             side = config.vision_config.image_size
             features = self.vision_tower(weight.new_zeros(1, 3, side, side))[:0]
         return self.mm_projector(features)
