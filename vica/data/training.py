@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -85,11 +86,23 @@ class TrainingSet(Dataset):
 
 class TrainingStream(IterableDataset):
     """The same items from a stream, each to one worker of one rank, shuffled within a buffer of records. It deals to
-    the ranks itself: nothing else, such as accelerate's preparation of loaders, may do so again."""
+    the ranks itself: nothing else, such as accelerate's preparation of loaders, may do so again.
 
-    def __init__(self, stream: Stream, processor: ViCAProcessor, image_folder=None, buffer=1000, seed=0, **options):
+    `endless`: epoch follows epoch. No rank then ends before another, and how many batches went by tells where a run
+    stands, whatever they come to in epochs."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        processor: ViCAProcessor,
+        image_folder=None,
+        buffer: int = 1000,
+        seed: int = 0,
+        endless: bool = False,
+        **options,
+    ):
         self.stream, self.prepare = stream, Preparation(processor, image_folder, **options)
-        self.buffer, self.seed = buffer, seed
+        self.buffer, self.seed, self.endless = buffer, seed, endless
         self.epoch = torch.tensor(0).share_memory_()  # workers that persist must see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,9 +112,14 @@ class TrainingStream(IterableDataset):
         rank, world = rank_and_world()
         worker = get_worker_info()
         place = (rank, world, worker.id, worker.num_workers) if worker else (rank, world, 0, 1)
-        dice = random.Random(f"{self.seed} {int(self.epoch)} {place}")
-        for name, record in shuffled(self.stream.share(*place), self.buffer, dice):
-            yield self.prepare(record, name)
+        first = int(self.epoch)
+        for epoch in count(first) if self.endless else [first]:
+            dice, empty = random.Random(f"{self.seed} {epoch} {place}"), True
+            for name, record in shuffled(self.stream.share(*place), self.buffer, dice):
+                yield self.prepare(record, name)
+                empty = False
+            if self.endless and empty:
+                raise ViCAError("the stream has fewer records than there are processes that read it")
 
 
 def shuffled(items: Iterator, size: int, dice: random.Random) -> Iterator:

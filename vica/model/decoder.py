@@ -9,7 +9,7 @@ from ..errors import ViCAError
 from .attention import Kernel
 from .cache import ViCACache
 from .config import ViCAConfig
-from .llama import Block, Call, Rotary, run_layers
+from .llama import Block, Call, Rotary, among_ranks, run_layers
 from .llama_accel import AccelFlow
 from .llama_mask import MaskFlow
 from .plan import LayerPlan
@@ -65,14 +65,17 @@ class ViCAModel(ViCAPreTrainedModel):
 
     def encode_no_image(self) -> torch.Tensor:
         """Features of no image, [0, tokens, width], for text-only batches in training: the projector's gradients are
-        zeros instead of missing. Where ranks share weights in pieces they must all gather the same ones in the same
-        order, so there the tower sees a blank picture, of which nothing is kept."""
-        weight, config = self.embed_tokens.weight, self.config
-        features = weight.new_zeros(0, visual_tokens(config), config.mm_hidden_size)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        zeros instead of missing. Among ranks the tower sees a blank picture, of which nothing is kept."""
+        config = self.config
+        features = self._zeros(0, visual_tokens(config), config.mm_hidden_size)
+        if among_ranks():
             side = config.vision_config.image_size
-            features = self.vision_tower(weight.new_zeros(1, 3, side, side))[:0]
+            features = self.vision_tower(self._zeros(1, 3, side, side))[:0]
         return self.mm_projector(features)
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        weight = self.embed_tokens.weight  # its new_zeros would be sharded as it is, under FSDP
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     def forward(
         self,
@@ -117,7 +120,7 @@ class ViCAModel(ViCAPreTrainedModel):
         return run_layers(self.layers, flow, text, visual.to(text), states)
 
     def _no_image(self) -> torch.Tensor:
-        return self.embed_tokens.weight.new_zeros(0, self.embed_tokens.embedding_dim)
+        return self._zeros(0, self.embed_tokens.embedding_dim)
 
     def _placeholder(self, ids: np.ndarray, features: list, cache: ViCACache | None) -> int | None:
         """Where the placeholder is a word of the vocabulary, generate may utter it: a lone new token is text."""

@@ -77,6 +77,12 @@ class Rotary:
         return cos.view(*positions.shape, cos.shape[-1]), sin.view(*positions.shape, sin.shape[-1])
 
 
+def among_ranks() -> bool:
+    """Ranks that share weights in pieces (ZeRO-3, FSDP) must all gather the same ones in the same order: in training
+    each then calls every module as often as the others do, be it on nothing."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class Attention(nn.Module):
     """The four projections. Which rows meet is the flow's choice."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .attention import Runs, eager_heads, sdpa_heads
-from .llama import Block, Call
+from .llama import Block, Call, among_ranks
 from .plan import LayerPlan
 
 
@@ -56,7 +56,8 @@ class AccelFlow:
         return torch.cat([text, visual])[self.call.tensor(self.tokens.source[self.packed])], frozen
 
     def see(self, block: Block, frozen):
-        if not self.routes[self.call.plan[block.layer_idx]].reads_frozen:
+        needed = len(frozen) or (block.training and among_ranks())
+        if not needed or not self.routes[self.call.plan[block.layer_idx]].reads_frozen:
             return ()
         return block.self_attn.keys_values(block.input_layernorm(frozen), self.frozen_rope)
 
@@ -91,7 +92,7 @@ class Route:
     def __init__(self, flow: AccelFlow, plan: LayerPlan):
         tokens = flow.tokens
         self.flow, self.cache = flow, flow.call.cache
-        self.reads_frozen = plan.text_sees_visual and len(flow.frozen_tokens) > 0
+        self.reads_frozen = plan.text_sees_visual and not plan.visual_updated
         self.keys = np.ones(len(tokens), bool) if plan.text_sees_visual else ~tokens.visual
         self.first_query = 0 if plan.prefix_attends else flow.prefix_rows
         self.book = "all" if plan.text_sees_visual else "text"

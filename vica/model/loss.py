@@ -24,8 +24,8 @@ def scored_rows(tokens: Tokens, labels: torch.Tensor) -> tuple[np.ndarray, np.nd
 
 
 def mean_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
-    """`logits` [n, vocab] of `targets` [n]. `count`: what the sum is divided by, where a batch is made of several."""
+    """`logits` [n, vocab] of `targets` [n]. `count`: what the sum is divided by, where a batch is made of several. 0
+    where nothing is to be learned, as from a batch whose samples are all broken."""
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    if isinstance(count, torch.Tensor):
-        return total / count.to(total.device).clamp(min=1)  # 0 where all samples of a step were broken
-    return total / max(len(targets) if count is None else count, 1)
+    count = len(targets) if count is None else count
+    return total / (count.to(total.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))

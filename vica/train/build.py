@@ -49,6 +49,8 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
         None, config=config, state_dict=weights, dtype=loading_dtype(train_args), **quantisation(train_args)
     )
     model.config.name_or_path = model.name_or_path = str(model_args.model_name_or_path)  # the latter for peft
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = sorted(present.intersection(model._no_split_modules))  # FSDP refuses names of no module
     return model, read_processor(folder, config)
 
 

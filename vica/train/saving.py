@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import ViCAError
 from ..model.checkpoint import NON_LORA_FILE, PROJECTOR_FILE
@@ -46,9 +47,24 @@ def publish(source: Path, target: Path) -> None:
     power cut when their contents are not."""
     sync(source)
     if target.exists():
-        shutil.rmtree(target)
+        retire(target)
     os.rename(source, target)
     sync_folder(target.parent)
+
+
+def rotate(output_dir: str | os.PathLike, limit: int | None) -> None:
+    """Leaves the newest `limit` checkpoints; None or 0: all."""
+    if limit is not None and limit > 0:
+        for old in sort_checkpoints(str(output_dir))[:-limit]:
+            retire(Path(old))
+
+
+def retire(folder: Path) -> None:
+    """A folder goes whole or not at all too: a kill must not leave half a checkpoint under its name."""
+    grave = folder.parent / UNFINISHED / f"old-{folder.name}"
+    grave.parent.mkdir(exist_ok=True)
+    os.rename(folder, grave)
+    shutil.rmtree(grave)
 
 
 def publish_files(source: Path, target: Path) -> None:

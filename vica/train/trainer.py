@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.grouping import LengthGroupedSampler
 from ..data.skipped import Skipped
@@ -64,6 +63,12 @@ class ViCATrainer(Trainer):
         return moved
 
     # --- a step ---
+
+    def get_batch_samples(self, *args, **kwargs):
+        """None for a finished run that is started again: transformers asks whether it is finished after a step only."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.skipped.saw(len(inputs["sample_ids"]) + len(inputs["broken"]))
@@ -141,7 +146,8 @@ class ViCATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             saving.publish(staging / name, Path(self.args.output_dir) / name)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            saving.rotate(self.args.output_dir, self.args.save_total_limit)
+            saving.clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
