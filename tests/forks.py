@@ -57,6 +57,7 @@ class Run:
         """Kills `after` seconds from when it happens. False: the run had come to its end by then, and well."""
         deadline = time.monotonic() + seconds
         while self.running() and not happens():
+            time.sleep(0.001)
             assert time.monotonic() < deadline, f"nothing happens:\n{self.log.read_text()[-4000:]}"
         time.sleep(after)
         if self.running():

@@ -1,0 +1,143 @@
+"""Two processes, by whatever splits the work between them, train as one does on the batch of both: the same losses at
+every step and the same saved weights within 1e-5, in float32."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+from tests.forks import ON_CPU, STAGE_1, STAGE_2, argv, distance, free_port, losses, make_ground, start, weights
+
+REPOSITORY = Path(__file__).parent.parent
+TOLERANCE = 1e-5
+STEPS = 10
+PLAIN = {"stage": "finetune", "version": "v1"}  # samples as they come: what has images and what has none share a step
+ENGINES = {
+    "ddp": {},
+    "zero2": {"deepspeed": REPOSITORY / "configs/zero2.json"},
+    "zero3": {"deepspeed": REPOSITORY / "configs/zero3.json"},
+    "fsdp": {"fsdp": "full_shard"},
+}
+
+
+def shard_on_cpu() -> None:
+    """accelerate takes FSDP for a matter of accelerators and would fall back to DDP in silence; torch's own runs on a
+    CPU too."""
+    inner = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        inner(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    root = make_ground(tmp_path_factory.mktemp("ground"))
+    samples = json.loads((root / "world" / "finetune.json").read_text())
+    texts = [sample for sample in samples if "image" not in sample][:12]
+    broken = {"id": "broken", "image": "train/missing.png", "conversations": samples[0]["conversations"]}
+    mixed = [*samples[:8], *texts, broken]
+    (root / "mixed.json").write_text(json.dumps(mixed))
+    return root
+
+
+def command(ground: Path, output: Path, batch: int, **settings) -> list[str]:
+    settings = {"max_steps": STEPS, "save_steps": 100, "max_broken_share": 0.1} | settings
+    return argv(ground, output, per_device_train_batch_size=batch, **settings)
+
+
+def run_alone(ground: Path, name: str, **settings) -> Path:
+    """The referee: one process."""
+    output = ground / "alone" / name
+    if not output.exists():
+        output.parent.mkdir(exist_ok=True)
+        start(command(ground, output, **settings), ground / f"{name}.log").finish()
+    return output
+
+
+def run_both(ground: Path, output: Path, engine: str, **settings):
+    hook = shard_on_cpu if engine == "fsdp" else None
+    return start(command(ground, output, **ENGINES[engine], **settings), output.parent / "log", ranks=2, sabotage=hook)
+
+
+def assert_alike(output: Path, alone: Path, steps: int = STEPS) -> None:
+    assert len(losses(alone)) == steps
+    assert distance(losses(output), losses(alone)) < TOLERANCE
+    assert distance(weights(output), weights(alone)) < TOLERANCE
+
+
+def run_launched(launcher: list[str], ground: Path, output: Path, **settings) -> None:
+    """With an exit code of its own: some of DeepSpeed's threads would abort a process at its end."""
+    flags = command(ground, output, batch=4, **settings)
+    environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*launcher, *flags], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_stage_2_by_torchrun(engine, ground, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    run_launched([*torchrun, "-m", "vica.train"], ground, tmp_path / "out", **STAGE_2, **ENGINES[engine])
+    assert_alike(tmp_path / "out", run_alone(ground, "stage 2", batch=8, **STAGE_2))
+
+
+@pytest.mark.slow
+def test_stage_2_by_the_script_and_the_deepspeed_launcher(ground, tmp_path, monkeypatch):
+    wanted = {"LAUNCHER": "deepspeed", "PYTHON": sys.executable, "GPUS": 2, "BATCH": 4, "GLOBAL_BATCH": 8}
+    for name, value in {**wanted, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    script = ["bash", "scripts/v1_5/finetune.sh"]
+    more = {"warmup_ratio": 0.03, "gradient_checkpointing": False}
+    run_launched(script, ground, tmp_path / "out", **STAGE_2, **ENGINES["zero3"], **more)
+    assert_alike(tmp_path / "out", run_alone(ground, "stage 2", batch=8, **STAGE_2))
+
+
+@pytest.mark.slow
+def test_stage_2_by_fsdp(ground, tmp_path):
+    run_both(ground, tmp_path / "out", "fsdp", batch=4, **STAGE_2).finish()
+    assert list((tmp_path / "out" / f"checkpoint-{STEPS}").glob("pytorch_model_fsdp*"))  # it was FSDP
+    assert_alike(tmp_path / "out", run_alone(ground, "stage 2", batch=8, **STAGE_2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stage_1(engine, ground, tmp_path):
+    run_both(ground, tmp_path / "out", engine, batch=4, **STAGE_1).finish()
+    assert_alike(tmp_path / "out", run_alone(ground, "stage 1", batch=8, **STAGE_1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_text_on_one_rank_and_images_on_the_other(engine, ground, tmp_path):
+    settings = {**PLAIN, "data_path": ground / "mixed.json"}
+    run_both(ground, tmp_path / "out", engine, batch=1, **settings).finish()
+    alone = run_alone(ground, "mixed", batch=2, **settings)
+    assert_alike(tmp_path / "out", alone)
+    assert (tmp_path / "out" / "skipped.jsonl").read_text() == (alone / "skipped.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accumulated_gradients(engine, ground, tmp_path):
+    run_both(ground, tmp_path / "out", engine, batch=2, gradient_accumulation_steps=2, **STAGE_2).finish()
+    assert_alike(tmp_path / "out", run_alone(ground, "stage 2", batch=8, **STAGE_2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("stage", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
+def test_killed_and_started_again(engine, stage, ground, tmp_path):
+    output = tmp_path / "out"
+    run = run_both(ground, output, engine, batch=4, save_steps=5, **stage)
+    assert run.kill_when((output / "checkpoint-5").exists)
+    run_both(ground, output, engine, batch=4, save_steps=5, **stage).finish()
+    assert_alike(output, run_alone(ground, f"stage {1 if stage is STAGE_1 else 2}", batch=8, **stage))
