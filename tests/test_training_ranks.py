@@ -141,3 +141,10 @@ def test_killed_and_started_again(engine, stage, ground, tmp_path):
     assert run.kill_when((output / "checkpoint-5").exists)
     run_both(ground, output, engine, batch=4, save_steps=5, **stage).finish()
     assert_alike(output, run_alone(ground, f"stage {1 if stage is STAGE_1 else 2}", batch=8, **stage))
+
+
+@pytest.mark.slow
+def test_a_batch_whose_samples_are_all_broken_costs_nothing(ground, tmp_path):
+    settings = {**PLAIN, "data_path": ground / "mixed.json", "max_steps": 21}  # an epoch of batches of one
+    start(command(ground, tmp_path / "out", batch=1, **settings), tmp_path / "log").finish()
+    assert [loss > 0 for loss in sorted(losses(tmp_path / "out").values())] == [False] + [True] * 20
