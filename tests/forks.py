@@ -50,7 +50,10 @@ class Run:
         """kill -9 of every rank with all that it has started."""
         for process in self.ranks:
             if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:  # too young to have a group of its own
+                    process.kill()
             process.join()
 
     def kill_when(self, happens: Callable[[], bool], after: float = 0.0, seconds: float = 120) -> bool:
