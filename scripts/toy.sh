@@ -6,8 +6,8 @@
 #
 #   RUNS     of: vica (configs/toy.json's layers), dense, random (as many layers, by chance), blind (no layers)
 #   SEEDS    of the training, world and base being the same                               (default: 0 1 2)
-#   JOBS     runs at the same time: each alone leaves most of a large card idle           (default: 4)
-#   PICTURES, EPOCHS, FOLDER                                      (default: 20000, 30, playground/toy)
+#   JOBS     runs at the same time on each card: one alone leaves most of it idle         (default: 4)
+#   PICTURES, EPOCHS, FOLDER                                      (default: 60000, 8, playground/toy)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CONFIG=configs/toy.json ENGINE=none GLOBAL_BATCH=128 BATCH=128 GPUS=1 OMP_NUM_THREADS=1
@@ -17,16 +17,16 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 export PYTHON
 
-[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-20000}"
-[ -d "$FOLDER/base/tower" ] || "$PYTHON" -m vica.toy.base --world "$FOLDER/world" --out "$FOLDER/base"
+[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-60000}"
+[ -d "$FOLDER/base/tower" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"
 
 layers() { # of a run with a seed, as JSON
-    "$PYTHON" - "$1" "$2" "$CONFIG" <<'PYTHON'
+    "$PYTHON" - "$1" "$2" "$CONFIG" "$FOLDER/base/llm/config.json" <<'PYTHON'
 import json, random, sys
 
-name, seed, config = sys.argv[1:]
+name, seed, config, language_model = sys.argv[1:]
 chosen = json.load(open(config))["t2v_layers"]
-depth = json.load(open(json.load(open(config))["language_model"] + "/config.json"))["num_hidden_layers"]
+depth = json.load(open(language_model))["num_hidden_layers"]
 others = [layer for layer in range(depth) if layer not in chosen]
 print({"vica": chosen, "random": sorted(random.Random(seed).sample(others, len(chosen)))}.get(name, []))
 PYTHON
@@ -45,17 +45,19 @@ train() { # name seed: both stages and the test, unless they are there
         OUTPUT="$out/projector" bash scripts/v1_5/pretrain.sh "${common[@]}" > "$out/pretrain.log" 2>&1
     [ -f "$out/model/config.json" ] || DATA="$FOLDER/world/finetune.json" IMAGES="$FOLDER/world/images" \
         PROJECTOR="$out/projector" OUTPUT="$out/model" bash scripts/v1_5/finetune.sh "${common[@]}" \
-        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-30}" > "$out/finetune.log" 2>&1
+        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-8}" > "$out/finetune.log" 2>&1
     [ -f "$out/score.json" ] || T2V_LAYERS='' "$PYTHON" -m vica.toy.evaluate "$out/model" --world "$FOLDER/world" \
         --json "$out/score.json" > "$out/score.txt"
     echo "$1, seed $2, layers $T2V_LAYERS: $(tail -n 1 "$out/score.txt")"
 }
 
+cards="${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, || true)}"
+IFS=, read -ra cards <<< "${cards:-none}"
 pids=()
 for seed in $SEEDS; do
     for name in $RUNS; do
-        if [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; then wait -n; fi
-        train "$name" "$seed" &
+        if [ "$(jobs -rp | wc -l)" -ge $((JOBS * ${#cards[@]})) ]; then wait -n; fi
+        CUDA_VISIBLE_DEVICES="${cards[$((${#pids[@]} % ${#cards[@]}))]/none/}" train "$name" "$seed" &
         pids+=($!)
     done
 done

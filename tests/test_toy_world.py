@@ -16,9 +16,10 @@ from PIL import Image
 from vica.errors import ViCAError
 from vica.toy import letters, world, write
 from vica.toy.captions import caption
-from vica.toy.language import language, text_question, vocabulary
+from vica.toy.language import language, vocabulary
 from vica.toy.questions import CHINESE, LETTER, LETTER_CHINESE, SHORT, ask
 from vica.toy.score import read_questions, score
+from vica.toy.twins import twins
 from vica.toy.world import COLOURS, GROUNDS, SHAPES, SPLITS, draw, random_scene
 
 KINDS = (
@@ -233,25 +234,37 @@ def test_words_are_inside_the_picture_and_alone_in_their_row():
 
 
 def test_splits_share_no_combination():
-    novel = {
-        ground: {(shape, colour) for shape in SHAPES for colour in COLOURS if world.is_novel(shape, colour, ground)}
-        for ground in world.GROUNDS
+    things = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    pairs = list(combinations(things, 2))
+    strangers = {pair for pair in pairs if world.hold_strangers(pair)}
+    assert 0.15 < len(strangers) / len(pairs) < 0.25 and strangers == {
+        p for p in pairs if world.hold_strangers(p[::-1])
     }
-    for pairs in novel.values():
-        assert set(Counter(shape for shape, _ in pairs).values()) == {2} and len({c for _, c in pairs}) == len(COLOURS)
-    assert not set.intersection(*novel.values())  # every pair is seen on some ground
-    named = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
-    for scene, rng in drawn("train", 1000):
-        texts = [caption(scene, rng), *(f"{q.text} {q.answer}" for q in ask(scene, rng)), text_question(rng).text]
-        seen = {(t.shape, t.colour) for t in scene.things} | {named[::-1] for named in named.findall(" ".join(texts))}
-        assert not seen & novel[scene.ground]
-        colour = re.search(r"Is the (\w+) (\w+)\?", " ".join(texts))
-        assert not (colour and colour.groups() in novel[scene.ground])
-    for scene, rng in drawn("test", 1000):
-        assert {(t.shape, t.colour) for t in scene.things} & novel[scene.ground]
-        for question in ask(scene, rng):
-            if question.kind in ("existence", "relation", "place"):
-                assert {name[::-1] for name in named.findall(question.text)} & novel[scene.ground]
+    assert all(5 < sum(thing in pair for pair in strangers) < 15 for thing in things)  # in both kinds of company
+    for split in SPLITS:
+        for scene, _ in drawn(split, 1000):
+            names = sorted(((t.shape, t.colour) for t in scene.things), key=things.index)
+            assert (split == "test") == bool(strangers & set(combinations(names, 2)))
+            assert world.is_train_scene(scene) == (split == "train")
+
+
+def test_twins_differ_in_one_thing():
+    changed = Counter()
+    for scene, rng in drawn("train", 300):
+        first, *others = twins(scene, 3, rng)
+        assert first == scene and len({first, *others}) == 4
+        for other in others:
+            assert world.is_train_scene(other) and other.ground == scene.ground
+            alike = {*other.things} & {*scene.things}
+            if other.word != scene.word:
+                assert other.things == scene.things and len(other.word.text) == len(scene.word.text)
+                changed["word"] += 1
+                continue
+            assert len(other.things) == len(scene.things) == len(alike) + 1
+            (before,), (after,) = {*scene.things} - alike, {*other.things} - alike
+            fields = {name for name in vars(before) if getattr(before, name) != getattr(after, name)}
+            changed[" ".join(sorted(fields - {"shift"} - {"row", "column"})) or "place"] += 1
+    assert set(changed) == {"word", "shape", "colour", "size", "place"} and min(changed.values()) > 50
 
 
 # The best constant answer's share of a kind, and that of the best answer learned for each text: no more than these.

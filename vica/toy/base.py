@@ -1,17 +1,16 @@
-"""What the miniature recipe starts from, made from a toy world: tokenizer, CLIP tower and language model.
+"""What the miniature recipe starts from, made of the toy world's train split: tokenizer, CLIP tower and language model.
 
 llm/     a small Llama and its tokenizer, trained on the world's language
-tower/   the vision half of a small CLIP, trained to tell which caption belongs to which picture
+tower/   the vision half of a small CLIP, trained to tell which caption belongs to which of many pictures and twins
 """
 
 import argparse
-import json
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -19,9 +18,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ..data.conversation import get_template
 from ..errors import ViCAError
 from ..loading import check_device
+from .captions import caption
 from .language import language
 from .model import train_tokenizer
-from .world import SIDE
+from .twins import twins
+from .world import SIDE, draw, random_scene
 
 WORDS = 600  # of the tokenizer
 LAYERS, WIDTH, HEADS, INNER = 12, 192, 6, 512
@@ -30,17 +31,18 @@ CAPTION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_
 POSITIONS = 2048
 CAPTION_TOKENS = 72
 SCENES = 20000  # whose sentences the language model reads
+FAMILY = 4  # pictures that differ in one thing
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vica.toy.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--world", type=Path, required=True, help="folder that vica.toy.write made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower-steps", type=int, default=8000, metavar="N")
-    parser.add_argument("--language-steps", type=int, default=3000, metavar="N")
-    parser.add_argument("--batch", type=int, default=256, help="pictures a step; a quarter as many texts of 256 tokens")
+    parser.add_argument("--language-steps", type=int, default=2500, metavar="N")
+    parser.add_argument("--pictures", type=int, default=80000, metavar="N", help="that the tower learns from")
+    parser.add_argument("--batch", type=int, default=512, help="pictures a step; a quarter as many texts of 256 tokens")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -85,7 +87,7 @@ def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, d
 
 
 def contrastive(tokenizer: PreTrainedTokenizerFast, args, device) -> CLIPModel:
-    pixels, captions = read_pictures(args.world)
+    pixels, captions = draw_families(args.pictures // FAMILY, args.seed)
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=CAPTION_TOKENS, return_tensors="pt")
     pixels, texts = pixels.to(device), ids.input_ids.to(device)
     # A caption is read at its first pad token: with eos 2, transformers would read it at its largest id.
@@ -97,22 +99,23 @@ def contrastive(tokenizer: PreTrainedTokenizerFast, args, device) -> CLIPModel:
     mean, std = (torch.tensor(getattr(CLIPImageProcessorPil(), f"image_{x}"), device=device) for x in ("mean", "std"))
 
     def loss() -> torch.Tensor:
-        some = torch.randint(len(pixels), (args.batch,), device=device)
+        families = torch.randint(len(pixels) // FAMILY, (max(1, args.batch // FAMILY), 1), device=device)
+        some = (families * FAMILY + torch.arange(FAMILY, device=device)).flatten()
         seen = (pixels[some].float() / 255 - mean[:, None, None]) / std[:, None, None]
         return model(input_ids=texts[some], pixel_values=seen, return_loss=True).loss
 
     return learn(model, loss, args.tower_steps, 1e-3, "tower", device)
 
 
-def read_pictures(world: Path) -> tuple[torch.Tensor, list[str]]:
-    try:
-        samples = json.loads((world / "pretrain.json").read_text())
-    except FileNotFoundError:
-        raise ViCAError(f"{world} holds no pretrain.json: make it with python -m vica.toy.write") from None
-    pixels = np.empty((len(samples), 3, SIDE, SIDE), np.uint8)
-    for place, sample in enumerate(tqdm(samples, desc="pictures", disable=None)):
-        pixels[place] = np.asarray(Image.open(world / "images" / sample["image"]).convert("RGB")).transpose(2, 0, 1)
-    return torch.from_numpy(pixels), [sample["conversations"][1]["value"] + "</s>" for sample in samples]
+def draw_families(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Pictures [count * FAMILY, 3, SIDE, SIDE] and their captions, twins beside each other."""
+    rng = random.Random(seed)
+    pixels, captions = np.empty((count * FAMILY, 3, SIDE, SIDE), np.uint8), []
+    for _ in tqdm(range(count), desc="drawing", unit=" families", disable=None):
+        for scene in twins(random_scene(rng), FAMILY - 1, rng):
+            pixels[len(captions)] = np.asarray(draw(scene)).transpose(2, 0, 1)
+            captions.append(caption(scene, rng) + "</s>")
+    return torch.from_numpy(pixels), captions
 
 
 def learn(model, loss, steps: int, rate: float, name: str, device):

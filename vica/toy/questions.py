@@ -11,16 +11,16 @@
 
 Who does not see the picture can only guess: the answer is drawn before the question, so that in each kind all answers
 are equally frequent. Whatever names a thing names one thing only, and where it stands to another is never a matter of
-pixels. In a test scene the thing asked about is novel, and what a wrong answer or a "no" names is novel as well where
-there is such a thing: no text of the training tells right from wrong.
+pixels.
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import permutations, product
 
-from .world import COLOURS, GROUNDS, PLACES, SHAPES, WORDS, Scene, Thing, is_novel
+from .world import COLOURS, GROUNDS, PLACES, SHAPES, WORDS, Scene, Thing
 
 # LLaVA's sentences, which its checkpoints have learned to obey
 SHORT = "Answer the question using a single word or phrase."
@@ -54,7 +54,7 @@ class Fact:
     chinese: str
     claim: str
     answer: str
-    wrong: tuple[str, ...]  # three at least, shuffled; those that tell no more than the answer does come first
+    wrong: tuple[str, ...]  # three at least, shuffled
 
 
 def ask(scene: Scene, rng: random.Random) -> list[Question]:
@@ -68,7 +68,7 @@ def ask(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _colour(scene: Scene, rng: random.Random) -> Fact | None:
-    if not (things := [thing for thing in subjects(scene) if _frequency(scene)[thing.shape] == 1]):
+    if not (things := [thing for thing in scene.things if _frequency(scene)[thing.shape] == 1]):
         return None
     thing = rng.choice(things)
     return Fact(
@@ -77,12 +77,12 @@ def _colour(scene: Scene, rng: random.Random) -> Fact | None:
         f"图中的{CHINESE[thing.shape]}是什么颜色？",
         f"Is the {thing.shape} {{}}?",
         thing.colour,
-        _wrong(COLOURS, thing.colour, rng, lambda colour: is_novel(thing.shape, colour, scene.ground) == thing.novel),
+        _wrong(COLOURS, thing.colour, rng),
     )
 
 
 def _shape(scene: Scene, rng: random.Random) -> Fact | None:
-    if not (things := [thing for thing in subjects(scene) if _frequency(scene)[thing.colour] == 1]):
+    if not (things := [thing for thing in scene.things if _frequency(scene)[thing.colour] == 1]):
         return None
     thing = rng.choice(things)
     return Fact(
@@ -91,7 +91,7 @@ def _shape(scene: Scene, rng: random.Random) -> Fact | None:
         f"图中{CHINESE[thing.colour]}的物体是什么形状？",
         f"Is the {thing.colour} object a {{}}?",
         thing.shape,
-        _wrong(SHAPES, thing.shape, rng, lambda shape: is_novel(shape, thing.colour, scene.ground) == thing.novel),
+        _wrong(SHAPES, thing.shape, rng),
     )
 
 
@@ -114,7 +114,7 @@ def _count(scene: Scene, rng: random.Random) -> Fact | None:
 
 
 def _place(scene: Scene, rng: random.Random) -> Fact:
-    thing = rng.choice(subjects(scene))
+    thing = rng.choice(scene.things)
     return Fact(
         "place",
         f"Where in the image is the {thing.name}?",
@@ -134,7 +134,6 @@ def _neighbour(scene: Scene, rng: random.Random) -> Fact | None:
         if len(beside := [thing for thing in scene.things if stands(thing, relation, other)]) == 1
         and all(stands(t, OPPOSITES[relation], other) for t in scene.things if t not in (other, *beside))
         for thing in beside
-        if thing in subjects(scene)
     ]
     if not found:
         return None
@@ -145,7 +144,7 @@ def _neighbour(scene: Scene, rng: random.Random) -> Fact | None:
         f"{_chinese_name(other)}{CHINESE[relation]}的物体是什么颜色？",
         f"Is the object {relation} the {other.name} {{}}?",
         thing.colour,
-        _wrong(COLOURS, thing.colour, rng, lambda colour: is_novel(thing.shape, colour, scene.ground) == thing.novel),
+        _wrong(COLOURS, thing.colour, rng),
     )
 
 
@@ -199,11 +198,11 @@ def _options(fact: Fact, rng: random.Random, translation: dict[str, str] | None 
 
 def _existence(scene: Scene, rng: random.Random) -> Question:
     """Half of what is absent shares shape or colour with something present."""
-    answer, thing = rng.choice(("yes", "no")), rng.choice(subjects(scene))
+    answer, thing = rng.choice(("yes", "no")), rng.choice(scene.things)
     shape, colour = thing.shape, thing.colour
     if answer == "no":
-        pairs = [(s, c) for s in SHAPES for c in COLOURS if is_novel(s, c, scene.ground) == thing.novel]
-        absent = [pair for pair in pairs if pair not in [(t.shape, t.colour) for t in scene.things]]
+        present = [(thing.shape, thing.colour) for thing in scene.things]
+        absent = [pair for pair in product(SHAPES, COLOURS) if pair not in present]
         near = [pair for pair in absent if not _frequency(scene).keys().isdisjoint(pair)]
         shape, colour = rng.choice(near if near and rng.random() < 0.5 else absent)
     article = "an" if colour == "orange" else "a"
@@ -213,7 +212,7 @@ def _existence(scene: Scene, rng: random.Random) -> Question:
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
     found = [
         (thing, relation, other)
-        for thing, other in _pairs(scene)
+        for thing, other in permutations(scene.things, 2)
         for relation in OPPOSITES
         if stands(thing, relation, other)
     ]
@@ -225,17 +224,12 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _comparison(scene: Scene, rng: random.Random) -> Question | None:
-    if not (found := [(thing, other) for thing, other in _pairs(scene) if thing.size != other.size]):
+    if not (found := [(thing, other) for thing, other in permutations(scene.things, 2) if thing.size != other.size]):
         return None
     pair, (word, size) = rng.choice(found), rng.choice((("larger", "large"), ("smaller", "small")))
     answer = next(thing.name for thing in pair if thing.size == size)
     text = f"Which is {word}, the {pair[0].name} or the {pair[1].name}?"
     return Question("comparison", f"{text}\n{SHORT}", answer)
-
-
-def subjects(scene: Scene) -> list[Thing]:
-    """The things that may be asked about: the novel ones of a test scene, all of another."""
-    return [thing for thing in scene.things if thing.novel] or list(scene.things)
 
 
 def stands(thing: Thing, relation: str, other: Thing) -> bool:
@@ -247,12 +241,6 @@ def stands(thing: Thing, relation: str, other: Thing) -> bool:
     }[relation]
 
 
-def _pairs(scene: Scene) -> list[tuple[Thing, Thing]]:
-    """Both orders of any two things, one of which may be asked about."""
-    asked = subjects(scene)
-    return [(a, b) for a in scene.things for b in scene.things if a is not b and (a in asked or b in asked)]
-
-
 def _frequency(scene: Scene) -> Counter:
     """How many things have each shape and each colour."""
     return Counter(name for thing in scene.things for name in (thing.shape, thing.colour))
@@ -262,9 +250,7 @@ def _chinese_name(thing: Thing) -> str:
     return f"{CHINESE[thing.colour]}的{CHINESE[thing.shape]}"
 
 
-def _wrong(
-    values: Iterable[str], answer: str, rng: random.Random, first: Callable[[str], bool] = lambda value: True
-) -> tuple[str, ...]:
+def _wrong(values: Iterable[str], answer: str, rng: random.Random) -> tuple[str, ...]:
     wrong = [value for value in values if value != answer]
     rng.shuffle(wrong)
-    return tuple(sorted(wrong, key=lambda value: not first(value)))
+    return tuple(wrong)

@@ -3,15 +3,16 @@
 A picture is 112 x 112 pixels, three rows of three places; a word takes a row of its own. No two things of a scene have
 both shape and colour in common, so that "the red circle" names one thing.
 
-Train and test differ in combinations. On each ground two colours of each shape (and so two shapes of each colour) are
-novel: no train scene holds such a pair on that ground, and every test scene holds at least one, which is what its
-questions ask about. No scene can therefore be in both splits, whatever the seeds; and as every pair is trained on other
-grounds, a question's words alone tell nothing about its answer.
+Train and test differ in combinations. Of all pairs of things a fifth are strangers: no train scene holds two such
+things, and every test scene does. No scene can therefore be in both splits, whatever the seeds; and as either thing is
+trained in other company, nothing in a single thing tells which split it belongs to.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
@@ -62,12 +63,6 @@ SHAPES = {
 }
 
 
-def is_novel(shape: str, colour: str, ground: str) -> bool:
-    """Whether the pair is kept for the test on this ground."""
-    place = list(COLOURS).index(colour) - list(SHAPES).index(shape) - list(GROUNDS).index(ground)
-    return place % len(COLOURS) in (2, 5)
-
-
 @dataclass(frozen=True)
 class Thing:
     shape: str
@@ -76,7 +71,6 @@ class Thing:
     row: int
     column: int
     shift: tuple[int, int]  # pixels to the right and down, from the middle of its place
-    ground: str
 
     @property
     def name(self) -> str:
@@ -85,10 +79,6 @@ class Thing:
     @property
     def place(self) -> str:
         return PLACES[self.row][self.column]
-
-    @property
-    def novel(self) -> bool:
-        return is_novel(self.shape, self.colour, self.ground)
 
 
 @dataclass(frozen=True)
@@ -110,27 +100,47 @@ def random_scene(rng: random.Random, split: str = "train") -> Scene:
     if split not in SPLITS:
         raise ViCAError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     ground, group = rng.choice(tuple(GROUNDS)), rng.choice((1, 1, 1, 2, 3, 4))
-    pairs = _random_pairs(rng, ground, group, rng.randint(group, 4), split)
+    fewest = {"train": group, "test": max(group, 2)}[split]
+    names = _random_names(rng, group, rng.randint(fewest, 4), split)
     word = _random_word(rng) if rng.random() < 0.5 else None
     places = [(row, column) for row in range(3) for column in range(3) if word is None or row != word.row]
     things = []
-    for (row, column), (shape, colour) in zip(rng.sample(places, len(pairs)), pairs):
-        size = rng.choice(tuple(SIZES))
-        room = PLACE - SIZES[size]
-        things.append(Thing(shape, colour, size, row, column, _random_shift(rng, room, room), ground))
+    for (row, column), (shape, colour) in zip(rng.sample(places, len(names)), names):
+        thing = Thing(shape, colour, rng.choice(tuple(SIZES)), row, column, (0, 0))
+        things.append(place_thing(thing, rng))
     things.sort(key=lambda thing: (thing.row, thing.column))
     return Scene(tuple(things), ground, word)
 
 
-def _random_pairs(rng: random.Random, ground: str, group: int, count: int, split: str) -> list[tuple[str, str]]:
+def place_thing(thing: Thing, rng: random.Random) -> Thing:
+    """Somewhere within its place."""
+    room = PLACE - SIZES[thing.size]
+    return replace(thing, shift=_random_shift(rng, room, room))
+
+
+def is_train_scene(scene: Scene) -> bool:
+    """Whether the train split could hold it: no strangers, nothing twice, nothing upon another."""
+    names = {(thing.shape, thing.colour) for thing in scene.things}
+    places = {(thing.row, thing.column) for thing in scene.things}
+    free = scene.word is None or all(row != scene.word.row for row, _ in places)
+    return free and len(names) == len(places) == len(scene.things) and not hold_strangers(names)
+
+
+def hold_strangers(names: Iterable[tuple[str, str]]) -> bool:
+    """Whether two of the things, each by shape and colour, are kept for the test."""
+    numbers = [len(COLOURS) * list(SHAPES).index(shape) + list(COLOURS).index(colour) for shape, colour in names]
+    return any((one + other) % 5 == 0 for one, other in combinations(numbers, 2))
+
+
+def _random_names(rng: random.Random, group: int, count: int, split: str) -> list[tuple[str, str]]:
     """Shapes with colours. The group has one shape or one colour in common; otherwise nothing occurs twice."""
     while True:
         shapes, colours = rng.sample(tuple(SHAPES), count), rng.sample(tuple(COLOURS), count)
         common = rng.choice((shapes, colours))
         common[:group] = [common[0]] * group
-        pairs = list(zip(shapes, colours))
-        if any(is_novel(*pair, ground) for pair in pairs) == (split == "test"):
-            return pairs
+        names = list(zip(shapes, colours))
+        if hold_strangers(names) == (split == "test"):
+            return names
 
 
 def _random_word(rng: random.Random) -> Word:

@@ -11,9 +11,12 @@ Every sample is drawn from the seed and its own number alone: a larger world beg
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
+from multiprocessing import Pool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"must be empty or new (default: {FOLDER})")
-    parser.add_argument("--train", type=int, default=20000, metavar="N", help="pictures to train on (default: 20000)")
+    parser.add_argument("--train", type=int, default=60000, metavar="N", help="pictures to train on (default: 60000)")
     parser.add_argument("--test", type=int, default=500, metavar="M", help="pictures to ask about (default: 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     args = parser.parse_args(argv)
@@ -131,8 +134,20 @@ def _random(seed: int, split: str, index: int, part: str) -> random.Random:
 
 def _draw_all(folder: Path, split: str, count: int, seed: int, progress: bool) -> None:
     folder.mkdir(parents=True)
-    for index in tqdm(range(count), f"drawing {split}", unit=" pictures", disable=None if progress else True):
-        draw(scene_at(split, index, seed)).save(folder / f"{index:06}.png")
+    one = partial(_draw_one, folder, split, seed)
+    with Pool(initializer=_ignore_interrupts) as pool:
+        done = pool.imap(one, range(count), chunksize=64)
+        for _ in tqdm(done, f"drawing {split}", count, unit=" pictures", disable=None if progress else True):
+            pass
+
+
+def _draw_one(folder: Path, split: str, seed: int, index: int) -> None:
+    draw(scene_at(split, index, seed)).save(folder / f"{index:06}.png")
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes; the first one alone speaks, and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_list(path: Path, samples: Iterable[dict]) -> None:

@@ -1,0 +1,50 @@
+"""Scenes that differ in one thing only: what a contrastive tower must tell apart to learn more than colours.
+
+Among pictures drawn by chance, colours, places and grounds give each one away, and a tower never learns shapes or
+letters. With twins of a picture in its batch it has to.
+"""
+
+import random
+from dataclasses import replace
+
+from .world import COLOURS, SHAPES, WORDS, Scene, is_train_scene, place_thing
+
+
+def twins(scene: Scene, count: int, rng: random.Random) -> list[Scene]:
+    """The scene and so many others of the train split, each with one shape, colour, size, place or the word changed."""
+    family = [scene]
+    while len(family) <= count:
+        change = rng.choice((_shape, _colour, _size, _place, _word) if scene.word else (_shape, _colour, _size, _place))
+        if (other := change(scene, rng)) not in family and is_train_scene(other):
+            family.append(other)
+    return family
+
+
+def _shape(scene: Scene, rng: random.Random) -> Scene:
+    return _with_one(scene, rng, lambda thing: replace(thing, shape=rng.choice(tuple(SHAPES))))
+
+
+def _colour(scene: Scene, rng: random.Random) -> Scene:
+    return _with_one(scene, rng, lambda thing: replace(thing, colour=rng.choice(tuple(COLOURS))))
+
+
+def _size(scene: Scene, rng: random.Random) -> Scene:
+    other = {"small": "large", "large": "small"}
+    return _with_one(scene, rng, lambda thing: place_thing(replace(thing, size=other[thing.size]), rng))
+
+
+def _place(scene: Scene, rng: random.Random) -> Scene:
+    return _with_one(scene, rng, lambda thing: replace(thing, row=rng.randrange(3), column=rng.randrange(3)))
+
+
+def _word(scene: Scene, rng: random.Random) -> Scene:
+    """Another word of the same length: it covers the same pixels."""
+    alike = [word for word in WORDS if len(word) == len(scene.word.text)]
+    return replace(scene, word=replace(scene.word, text=rng.choice(alike)))
+
+
+def _with_one(scene: Scene, rng: random.Random, change) -> Scene:
+    things = list(scene.things)
+    place = rng.randrange(len(things))
+    things[place] = change(things[place])
+    return replace(scene, things=tuple(sorted(things, key=lambda thing: (thing.row, thing.column))))
