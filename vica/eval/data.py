@@ -1,0 +1,58 @@
+"""Where benchmarks lie: files in LLaVA's folders, or datasets of the hub, which are fetched once and kept."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from ..errors import ViCAError
+from .task import StoredImage
+
+
+def need(path: Path, get: str) -> Path:
+    """`path`, which must be there; `get` says what to do where it is not."""
+    if not path.exists():
+        raise ViCAError(f"{path} is not there. {get}")
+    return path
+
+
+def read_json(path: Path, get: str):
+    try:
+        return json.loads(need(path, get).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ViCAError(f"{path} is no JSON: {error}") from error
+
+
+def read_lines(path: Path, get: str) -> Iterator[dict]:
+    """The records of a file of JSON lines."""
+    with open(need(path, get), encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ViCAError(f"{path}, line {number} is no JSON: {error}") from error
+
+
+def hub_rows(repository: str, split: str, config: str | None = None, image: str = "image"):
+    """A dataset of the hub, from the cache where it is there (HF_HUB_OFFLINE=1: from nowhere else), with its images
+    left as they are stored."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ViCAError("reading the hub's datasets needs more packages: pip install 'vica[eval]'") from error
+    try:
+        rows = datasets.load_dataset(repository, config, split=split)
+    except Exception as error:  # of many kinds, its own and the network's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ViCAError(f"the hub's {repository} cannot be read: {reason}") from error
+    return rows.cast_column(image, datasets.Image(decode=False)) if image in rows.column_names else rows
+
+
+def stored_image(rows, row: int, key: str, column: str = "image") -> StoredImage:
+    return StoredImage(key, partial(_read_image, rows, row, column))
+
+
+def _read_image(rows, row: int, column: str) -> bytes:
+    stored = rows[row][column]
+    return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()

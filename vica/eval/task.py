@@ -1,0 +1,87 @@
+"""What a benchmark is: questions read from one of two places, and a score made of their answers."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ViCAError
+
+Answers = Mapping[Hashable, str]  # by question id
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image inside a dataset, read when its turn comes. Rows of one `key` hold the same picture."""
+
+    key: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`id` is unique in its task, and JSON's: a number or a text. `prompt` is the user's message without `<image>`.
+    `gold` is what the scorer needs to know of the question, the right answer first of all."""
+
+    id: int | str
+    prompt: str
+    image: Path | StoredImage | None
+    gold: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_key(self) -> str | None:
+        return self.image.key if isinstance(self.image, StoredImage) else self.image and str(self.image)
+
+
+@dataclass(frozen=True)
+class Score:
+    """`value` is the one number that tables show, None where only the benchmark's owners can score; `rows` a table with
+    its heading; `figures` all that was counted, as JSON takes it."""
+
+    metric: str
+    value: float | None
+    rows: list[tuple]
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark. `read` takes LLaVA's folder and a split, `read_hub` a split; both give the questions in the order
+    of their files. `score` takes all questions and an answer for each. `submit` writes, into a folder, the file that
+    the benchmark's server accepts, and returns its path."""
+
+    name: str
+    title: str
+    folder: str  # LLaVA's, under playground/data/eval
+    splits: tuple[str, ...]  # the first is the default
+    max_new_tokens: int
+    read: Callable[[Path, str], list[Question]]
+    read_hub: Callable[[str], list[Question]]
+    score: Callable[[Sequence[Question], Answers], Score]
+    submit: Callable[[Sequence[Question], Answers, Path], Path] | None = None
+
+    def check_split(self, split: str | None) -> str:
+        if split is not None and split not in self.splits:
+            raise ViCAError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}")
+        return split or self.splits[0]
+
+
+def check_answers(questions: Sequence[Question], answers: Answers) -> None:
+    """One answer for each question and no other."""
+    asked = {question.id for question in questions}
+    if len(asked) < len(questions):
+        seen: set = set()
+        twice = [q.id for q in questions if q.id in seen or seen.add(q.id)]
+        raise ViCAError(f"{len(twice)} questions share their id with another: {listed(twice)}")
+    if missing := [question.id for question in questions if question.id not in answers]:
+        raise ViCAError(f"{len(missing)} of {len(questions)} questions have no answer: {listed(missing)}")
+    if strays := [id for id in answers if id not in asked]:
+        raise ViCAError(f"{len(strays)} answers belong to no question: {listed(strays)}")
+
+
+def listed(ids: Sequence, most: int = 10) -> str:
+    return ", ".join(map(str, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def percent(right: float, of: int) -> float:
+    return 100 * right / of if of else 0.0
