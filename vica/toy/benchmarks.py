@@ -6,7 +6,7 @@
 All scenes are of the test split. An entry of `truth.json` has the `id` of the benchmark's own files, the `image` below
 the folder (MMBench, whose images are inside its table: the table), the `question` without options and instruction, the
 right `answer` (case aside; of a choice the letter, with the option's words in `means`), and the `group` by which the
-benchmark reports. Where one or two of VQA's ten people disagree, `also` has the share of a point that their answer gets.
+benchmark reports. Where one or two of VQA's ten people disagree, `also` has the share of a point that they are worth.
 `vqav2` is the validation split, `vqav2_test` the test, whose answers no other file has.
 """
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ViCAError
-from . import benchmark_choices, benchmark_words, benchmark_yesno
+from . import benchmark_choices, benchmark_mmbench, benchmark_words, benchmark_yesno
 
 FOLDER = Path("playground/toy/eval")
 WRITERS = {
@@ -25,8 +25,8 @@ WRITERS = {
     "vqav2_test": benchmark_words.write_vqav2_test,
     "gqa": benchmark_words.write_gqa,
     "mme": benchmark_yesno.write_mme,
-    "mmbench": benchmark_choices.write_mmbench,
-    "mmbench_cn": benchmark_choices.write_mmbench_cn,
+    "mmbench": benchmark_mmbench.write_mmbench,
+    "mmbench_cn": benchmark_mmbench.write_mmbench_cn,
     "pope": benchmark_yesno.write_pope,
     "seed": benchmark_choices.write_seed,
     "sqa": benchmark_choices.write_sqa,
