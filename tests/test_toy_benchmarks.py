@@ -56,13 +56,7 @@ TABLES = {"mmbench": "mmbench/mmbench_dev_20230712.tsv", "mmbench_cn": "mmbench_
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    """All scenes of the folder, by the bytes of their pictures."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, drawn):
+def written(tmp_path_factory):
     def draw_and_remember(scene):
         scenes.append(scene)
         return draw(scene)
@@ -71,8 +65,18 @@ def folder(tmp_path_factory, drawn):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark_parts, "draw", draw_and_remember)
         benchmarks.write(folder, seed=5)
-    drawn |= {benchmark_parts.encoded(scene, kind): scene for scene in scenes for kind in ("JPEG", "PNG")}
-    return folder
+    return folder, {benchmark_parts.encoded(scene, kind): scene for scene in scenes for kind in ("JPEG", "PNG")}
+
+
+@pytest.fixture(scope="module")
+def folder(written):
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def drawn(written):
+    """All scenes of the folder, by the bytes of their pictures."""
+    return written[1]
 
 
 @pytest.fixture(scope="module")
