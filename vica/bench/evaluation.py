@@ -81,7 +81,8 @@ def one_by_one(args: argparse.Namespace, models: Models, work: Workload, picture
     ids = models.processor.ask(text_of(models.processor, work, 0), [picture])["input_ids"][0].tolist()
     before = ids.index(place)
     # What stands before the image is Vicuna's 35 tokens, but more to the small tokenizer that random weights come with.
-    shape = Shape(min(before, VICUNA), visual_tokens(models.config), len(ids) - before - 1, work.answer).check(models.config)
+    shape = Shape(min(before, VICUNA), visual_tokens(models.config), len(ids) - before - 1, work.answer)
+    shape.check(models.config)
     peer = models.transformers
     prompts = Prompts(models.config, count + 1, shape, models.device, models.dtype)
     rows = prompts.expanded(peer.image_token).split(1)

@@ -27,7 +27,7 @@ class AnswerFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
         if restart:
-            for old in (path, *self._all()):
+            for old in (path, self.folder / FINAL, *self._parts()):
                 old.unlink(missing_ok=True)
         if path.exists() and (held := json.loads(path.read_text())) != settings:
             differs = [f"{k} {held.get(k)!r}, now {settings.get(k)!r}" for k in settings if held.get(k) != settings[k]]
@@ -36,12 +36,10 @@ class AnswerFiles:
 
     def read(self) -> dict[Hashable, dict]:
         """What was answered so far, by id; a question that failed may be asked again."""
-        found: dict[Hashable, dict] = {}
-        for path in self._all():
-            for line in read_records(path):
-                if "error" not in line:
-                    found.setdefault(line["question_id"], line)
-        return found
+        final = self.folder / FINAL
+        lines = list(read_answers(final).values()) if final.exists() else []
+        lines += [line for part in self._parts() for line in read_records(part)]
+        return {line["question_id"]: line for line in reversed(lines) if "error" not in line}
 
     def append(self, line: dict) -> None:
         self.file = self.file or open(self.part, "a", encoding="utf-8")
@@ -63,12 +61,11 @@ class AnswerFiles:
     def drop_parts(self) -> None:
         if self.file is not None:
             self.file.close()
-        for path in self.folder.glob(PARTS):
-            path.unlink(missing_ok=True)
+        for part in self._parts():
+            part.unlink(missing_ok=True)
 
-    def _all(self) -> list[Path]:
-        final = self.folder / FINAL
-        return [path for path in (final, *sorted(self.folder.glob(PARTS))) if path.exists()]
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(PARTS))
 
 
 def read_records(path: Path) -> list[dict]:
