@@ -13,6 +13,7 @@ from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, argum
 from vica.cli.main import main as program
 from vica.data.collate import Collator
 from vica.data.training import Example
+from vica.model import decoder, llama_accel
 from vica.toy.write import write
 from vica.train import run
 from vica.train.run import main
@@ -180,14 +181,45 @@ def test_packed_equals_one_by_one(variant, skip_logits):
 
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
-def test_text_alone_leaves_the_projector_a_gradient_of_zeros(variant):
-    """None would let ranks that saw an image wait for those that saw none."""
+@pytest.mark.parametrize("tower_learns", [False, True])
+def test_text_alone_leaves_what_sees_a_gradient_of_zeros(variant, tower_learns):
+    """None would let ranks that saw an image wait for those that saw none, and Adam skip what it else would move."""
     model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
-    model.model.vision_tower.requires_grad_(False)
+    model.model.vision_tower.requires_grad_(tower_learns)
+    _, seen = loss_and_gradients(model, [example("2 I 5", 0)], skip_logits=True)
     _, gradients = loss_and_gradients(model, [example("7", 0), example("4", 1)], skip_logits=True)
-    assert gradients.keys() == PROJECTOR | LANGUAGE
-    assert all(not gradients[name].any() for name in PROJECTOR)
-    assert all(gradients[name].any() for name in LANGUAGE)
+    assert gradients.keys() == seen.keys() and (gradients.keys() == PROJECTOR | LANGUAGE) != tower_learns
+    assert all(gradients[name].any() == (name in LANGUAGE) for name in gradients)
+
+
+class Asked(dict):
+    """A module's parameters; `asked` lists those that are looked up, as ZeRO-3 gathers them."""
+
+    def __init__(self, module, name: str, asked: list[str]):
+        super().__init__(module._parameters)
+        self.name, self.asked = name, asked
+
+    def __getitem__(self, key):
+        self.asked.append(f"{self.name}.{key}")
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
+@pytest.mark.parametrize("tower_learns", [False, True])
+def test_ranks_ask_for_weights_in_the_same_order(variant, tower_learns, monkeypatch):
+    """With images or without: what one rank alone gathers, it waits for."""
+    for module in (decoder, llama_accel):
+        monkeypatch.setattr(module, "among_ranks", lambda: True)
+    model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
+    model.model.vision_tower.requires_grad_(tower_learns)
+    asked, orders = [], []
+    for name, module in model.named_modules():
+        module._parameters = Asked(module, name, asked)
+    for parts in ("2 I 5", "I I 3", "7"):
+        loss_and_gradients(model, [example(parts, 0)], skip_logits=True)
+        orders.append(asked.copy())
+        asked.clear()
+    assert len(orders[0]) > 100 and orders[0] == orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])

@@ -99,6 +99,8 @@ class TrainArguments(TrainingArguments):
             raise ViCAError(f"--eval_strategy is {str(self.eval_strategy)!r}; there is no evaluation while training")
         self.remove_unused_columns = False  # the collator's columns are not all the model's
         self.warmup_steps = self.warmup_steps or self.warmup_ratio  # one name for both since transformers 5
+        if self.unfreeze_mm_vision_tower and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # the tower's layers behind the one that is read get no gradient
         rename_checkpointing(self)
         super().__post_init__()
 
