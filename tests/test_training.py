@@ -1,6 +1,7 @@
 """`vica train` on a toy world, float32 on the CPU: what learns, that the variants learn alike, what is saved."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,17 @@ def test_stage_1_writes_the_projector_as_llava_does(root, stage1):
 def test_a_plain_language_model_lacks_nothing(root, tmp_path, caplog):
     trained(root, tmp_path, "pretrain")
     assert "holds no vision tower" not in caplog.text
+
+
+def test_from_a_cache_of_the_hub(root, tmp_path):
+    """Both of what it starts from lie in --cache_dir and nowhere else."""
+    for name in ("llm", "tower"):
+        place = tmp_path / f"cache/models--someone--{name}"
+        shutil.copytree(root / name, place / "snapshots/1")
+        (place / "refs").mkdir()
+        (place / "refs/main").write_text("1")
+    flags = dict(model_name_or_path="someone/llm", vision_tower="someone/tower", cache_dir=tmp_path / "cache")
+    trained(root, tmp_path / "out", "pretrain", **flags)
 
 
 @pytest.mark.parametrize("file", ["mm_projector.bin", ""])
