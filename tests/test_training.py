@@ -377,6 +377,11 @@ def test_too_many_broken_samples(root, tmp_path, broken, capsys):
         (dict(report_to="paper"), "paper is not supported"),
         (dict(optim="lomo"), "lomo_optim"),
         (dict(output_dir="/proc/out"), "/proc/out"),
+        (dict(per_device_train_batch_size=0), "--per_device_train_batch_size is 0; it must be 1 at least"),
+        (dict(gradient_accumulation_steps=-2), "--gradient_accumulation_steps is -2; it must be 1 at least"),
+        (dict(dataloader_num_workers=-1), "--dataloader_num_workers is -1; it must be 0 at least"),
+        (dict(learning_rate=-1), "--learning_rate is -1.0; it must be 0 at least"),
+        (dict(seed=-1), "--seed is -1; it must be 0 at least"),
     ],
 )
 def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
