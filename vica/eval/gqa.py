@@ -59,7 +59,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
             asked = [question for question in annotated if question.gold[types] == type]
             figures[f"{types}: {type}"] = _count(asked, answers)
     rows = [("questions", "accuracy", "of")]
-    rows += [(name, count["accuracy"], count["questions"]) for name, count in figures.items()]
+    rows += [(name, f"{count['accuracy']:.2f}", count["questions"]) for name, count in figures.items()]
     return Score("accuracy", figures["all"]["accuracy"], rows, figures)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import ViCAError
 from .data import hub_rows, need, stored_image
 from .llava import EVAL_ZIP, SHORT_ANSWER, records
-from .task import Answers, Question, Score, StoredImage, Task, check_answers, listed, percent
+from .task import Answers, Question, Score, StoredImage, Task, check_answers, listed
 
 GROUPS = {
     "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
@@ -54,9 +54,10 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     for group, categories in GROUPS.items():
         counted = {category: _count(questions, answers, category) for category in categories}
         counted = {category: count for category, count in counted.items() if count["questions"]}
-        rows += [(name, count["accuracy"], count["accuracy+"], count["score"]) for name, count in counted.items()]
+        for name, count in counted.items():
+            rows.append((name, *(f"{count[figure]:.2f}" for figure in ("accuracy", "accuracy+", "score"))))
         figures[group] = dict(score=sum(count["score"] for count in counted.values()), categories=counted)
-    rows += [(group, None, None, figures[group]["score"]) for group in GROUPS]
+    rows += [(group, "", "", f"{figures[group]['score']:.2f}") for group in GROUPS]
     return Score("perception", figures["perception"]["score"], rows, figures, full=2000)
 
 
@@ -72,7 +73,10 @@ def _count(questions: Sequence[Question], answers: Answers, category: str) -> di
     wrong = {q.gold["picture"] for q, said in zip(asked, read) if said != q.gold["answer"]}
     right = sum(said == question.gold["answer"] for question, said in zip(asked, read))
     pictures = {question.gold["picture"] for question in asked}
-    accuracy, plus = percent(right, len(asked)), percent(len(pictures - wrong), len(pictures))
+    shares = right / max(1, len(asked)), len(pictures - wrong) / max(1, len(pictures))
+    accuracy, plus = (
+        100 * share for share in shares
+    )  # rounded in the authors' order, so that sums agree to the last bit
     counts = dict(questions=len(asked), pictures=len(pictures), other=read.count("other"))
     return counts | {"accuracy": accuracy, "accuracy+": plus, "score": accuracy + plus}
 

@@ -61,7 +61,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
             figures[type] = _count(asked, answers)
     figures["all"] = _count(questions, answers)
     rows = [("type", "accuracy", "questions")]
-    rows += [(type, count["accuracy"], count["questions"]) for type, count in figures.items()]
+    rows += [(type, f"{count['accuracy']:.2f}", count["questions"]) for type, count in figures.items()]
     return Score("accuracy", figures["all"]["accuracy"], rows, figures)
 
 
