@@ -23,11 +23,9 @@ YES_OR_NO = "Please answer yes or no."  # MME's own files end with it, LLaVA ask
 
 def read(folder: Path, split: str) -> list[Question]:
     root, path = need(folder / "MME_Benchmark_release_version", RELEASE), folder / "llava_mme.jsonl"
-    known: dict[str, dict[str, str]] = {}
-    asked = []
+    asked, known = [], {}
     for name, text, category in records(path, EVAL_ZIP, "question_id", "text", "category"):
-        if name not in known:
-            known[name] = _answers(root, name)
+        known[name] = known.get(name) or _answers(root, name)
         if (bare := _bare(text)) not in known[name]:
             raise ViCAError(f"{path} asks of {name} what its text file in {root} does not: {bare}")
         asked.append((name, text, category, _picture(root, name), known[name][bare]))
@@ -36,24 +34,19 @@ def read(folder: Path, split: str) -> list[Question]:
 
 def read_hub(split: str) -> list[Question]:
     rows = hub_rows("lmms-lab/MME", split)
-    return _paired(
-        (
-            row["question_id"],
-            _bare(row["question"]) + SHORT_ANSWER,
-            row["category"],
-            stored_image(rows, number, row["question_id"]),
-            row["answer"],
-        )
-        for number, row in enumerate(rows.remove_columns("image"))
-    )
+    asked = []
+    for number, row in enumerate(rows.remove_columns("image")):
+        name, text = row["question_id"], _bare(row["question"]) + SHORT_ANSWER
+        asked.append((name, text, row["category"], stored_image(rows, number, name), row["answer"]))
+    return _paired(asked)
 
 
 def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     figures, rows = {}, [("category", "accuracy", "accuracy+", "score")]
     for group, categories in GROUPS.items():
-        counted = {category: _count(questions, answers, category) for category in categories}
-        counted = {category: count for category, count in counted.items() if count["questions"]}
+        asked = {name: [q for q in questions if q.gold["category"] == name] for name in categories}
+        counted = {name: _count(asked[name], answers) for name in categories if asked[name]}
         for name, count in counted.items():
             rows.append((name, *(f"{count[figure]:.2f}" for figure in ("accuracy", "accuracy+", "score"))))
         figures[group] = dict(score=sum(count["score"] for count in counted.values()), categories=counted)
@@ -67,17 +60,14 @@ def reading(answer: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def _count(questions: Sequence[Question], answers: Answers, category: str) -> dict:
-    asked = [question for question in questions if question.gold["category"] == category]
-    read = [reading(answers[question.id]) for question in asked]
-    wrong = {q.gold["picture"] for q, said in zip(asked, read) if said != q.gold["answer"]}
-    right = sum(said == question.gold["answer"] for question, said in zip(asked, read))
+def _count(asked: Sequence[Question], answers: Answers) -> dict:
+    said = [reading(answers[question.id]) for question in asked]
+    wrong = [question.gold["picture"] for question, word in zip(asked, said) if word != question.gold["answer"]]
     pictures = {question.gold["picture"] for question in asked}
-    shares = right / max(1, len(asked)), len(pictures - wrong) / max(1, len(pictures))
-    accuracy, plus = (
-        100 * share for share in shares
-    )  # rounded in the authors' order, so that sums agree to the last bit
-    counts = dict(questions=len(asked), pictures=len(pictures), other=read.count("other"))
+    # Shares first and hundreds after, as the authors do it, so that the sums agree to the last bit.
+    accuracy = 100 * ((len(asked) - len(wrong)) / len(asked))
+    plus = 100 * (len(pictures - set(wrong)) / len(pictures))
+    counts = dict(questions=len(asked), pictures=len(pictures), other=said.count("other"))
     return counts | {"accuracy": accuracy, "accuracy+": plus, "score": accuracy + plus}
 
 
