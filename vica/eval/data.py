@@ -46,7 +46,11 @@ def hub_rows(repository: str, split: str, config: str | None = None, image: str 
     except Exception as error:  # of many kinds, its own and the network's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ViCAError(f"the hub's {repository} cannot be read: {reason}") from error
-    return rows.cast_column(image, datasets.Image(decode=False)) if image in rows.column_names else rows
+    if image not in rows.column_names:
+        return rows
+    stored = datasets.Image(decode=False)
+    single = isinstance(rows.features[image], datasets.Image)
+    return rows.cast_column(image, stored if single else datasets.List(stored))
 
 
 def stored_image(rows, row: int, key: str, column: str = "image") -> StoredImage:
@@ -55,4 +59,6 @@ def stored_image(rows, row: int, key: str, column: str = "image") -> StoredImage
 
 def _read_image(rows, row: int, column: str) -> bytes:
     stored = rows[row][column]
+    if isinstance(stored, list):  # SEED-Bench: the frames of a video, or one image
+        stored = stored[0]
     return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
