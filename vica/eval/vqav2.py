@@ -1,0 +1,110 @@
+"""VQAv2: short answers about photographs. On val the accuracy over ten people's answers; test-dev is scored by the
+benchmark's server alone, which wants an answer, if an empty one, to every question of the whole test."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ViCAError
+from .data import hub_rows, need, read_json, read_lines, stored_image
+from .task import Answers, Question, Score, Task, check_answers, percent
+from .vqa_text import SHORT_ANSWER, evalai_answer, vqa_accuracy
+
+REPOSITORY = "lmms-lab/VQAv2"
+HUB_SPLITS = {"val": "validation", "test-dev": "testdev"}
+TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
+WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
+VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+GET_LLAVA = "It is in LLaVA's eval.zip (docs/Evaluation.md there has the link): unzip eval.zip -d playground/data/eval"
+GET_VAL = (
+    "Get it: wget https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/{archive} && unzip {archive} -d {folder}"
+    " (images: http://images.cocodataset.org/zips/val2014.zip)"
+)
+
+
+def read(folder: Path, split: str) -> list[Question]:
+    return _read_val(folder) if split == "val" else _read_test_dev(folder)
+
+
+def _read_val(folder: Path) -> list[Question]:
+    get_questions = GET_VAL.format(folder=folder, archive="v2_Questions_Val_mscoco.zip")
+    get_annotations = GET_VAL.format(folder=folder, archive="v2_Annotations_Val_mscoco.zip")
+    annotations = {
+        one["question_id"]: one for one in read_json(folder / VAL_ANNOTATIONS, get_annotations)["annotations"]
+    }
+    asked = read_json(folder / VAL_QUESTIONS, get_questions)["questions"]
+    if strays := [one["question_id"] for one in asked if one["question_id"] not in annotations]:
+        raise ViCAError(f"{folder / VAL_ANNOTATIONS} has no answers to question {strays[0]}")
+    return [
+        Question(
+            one["question_id"],
+            one["question"] + SHORT_ANSWER,
+            folder / "val2014" / f"COCO_val2014_{one['image_id']:012d}.jpg",
+            _gold(annotations[one["question_id"]]),
+        )
+        for one in asked
+    ]
+
+
+def _read_test_dev(folder: Path) -> list[Question]:
+    need(folder / WHOLE_TEST, GET_LLAVA)  # now, not after hours of answers
+    return [
+        Question(line["question_id"], line["text"], folder / "test2015" / line["image"], {"whole_test": str(folder)})
+        for line in read_lines(folder / TEST_DEV, GET_LLAVA)
+    ]
+
+
+def read_hub(split: str) -> list[Question]:
+    rows = hub_rows(REPOSITORY, HUB_SPLITS[split])
+    return [
+        Question(
+            row["question_id"],
+            row["question"] + SHORT_ANSWER,
+            stored_image(rows, number, f"vqav2/{split}/{row['image_id']}"),
+            _gold(row) if split == "val" else {"whole_test": "playground/data/eval/vqav2"},
+        )
+        for number, row in enumerate(rows.remove_columns("image"))
+    ]
+
+
+def _gold(one: dict) -> dict:
+    people = [answer["answer"] for answer in one["answers"]]
+    return {"answers": people, "answer_type": one["answer_type"], "question_type": one["question_type"]}
+
+
+def score(questions: Sequence[Question], answers: Answers) -> Score:
+    check_answers(questions, answers)
+    if any("answers" not in one.gold for one in questions):
+        return Score("accuracy", None, [("questions",), (len(questions),)], {"questions": len(questions)})
+    parts: dict[str, dict[str, list[float]]] = {"answer_type": defaultdict(list), "question_type": defaultdict(list)}
+    each = [vqa_accuracy(answers[one.id], one.gold["answers"]) for one in questions]
+    for one, accuracy in zip(questions, each):
+        for kind, part in parts.items():
+            part[one.gold[kind]].append(accuracy)
+    figures = {
+        kind: {name: percent(sum(l), len(l)) for name, l in sorted(part.items())} for kind, part in parts.items()
+    }
+    overall = percent(sum(each), len(each))
+    rows = [("answers", "questions", "accuracy"), ("all", len(each), overall)]
+    rows += [(kind, len(parts["answer_type"][kind]), value) for kind, value in figures["answer_type"].items()]
+    return Score("accuracy", overall, rows, {"accuracy": overall, "questions": len(each), **figures})
+
+
+def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Path:
+    check_answers(questions, answers)
+    places = {one.gold.get("whole_test") for one in questions}
+    if None in places:
+        raise ViCAError("vqav2's val is scored here; only test-dev has a file for the server")
+    given = {one.id: evalai_answer(answers[one.id]) for one in questions}
+    every = [line["question_id"] for place in places for line in read_lines(Path(place) / WHOLE_TEST, GET_LLAVA)]
+    if strays := given.keys() - set(every):
+        raise ViCAError(f"{WHOLE_TEST} lacks {len(strays)} questions that were answered, {min(strays)} for one")
+    path = folder / "vqav2_test-dev.json"
+    lines = [{"question_id": id, "answer": given.get(id, "")} for id in every]
+    path.write_text(json.dumps(lines), encoding="utf-8")
+    return path
+
+
+TASK = Task("vqav2", "VQAv2", "vqav2", ("val", "test-dev"), 128, read, read_hub, score, submit)
