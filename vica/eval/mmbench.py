@@ -1,13 +1,10 @@
 """MMBench and MMBench_CN: one picture, a question and two to four options.
 
-Their tables hold each question once for each rotation of its options: row 1000241 is row 241 with its options moved on by
-one. The circular accuracy, which papers report, counts a question only where all of its rows are right; vanilla
-accuracy counts the rows that are not rotated. LLaVA's --all-rounds would rotate the rows of the table once more; its
-scripts do not, and neither does this. Where the table has no rotated rows the circular accuracy is the vanilla one.
+Their tables hold each question once for each rotation of its options: rows 1000241, 2000241 ... are row 241 with its
+options in another order. The circular accuracy, which papers report, counts a question only where all of its rows are
+right; vanilla accuracy counts the rows that are not rotated. LLaVA's --all-rounds would rotate each row of the table once
+more; its scripts do not, and neither does this. Where a table has no rotated rows both are the same."""
 
-An answer's option is found by the public toolkit's rules without its language model as a judge ("exact matching")."""
-
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -15,6 +12,7 @@ from hashlib import sha1
 from pathlib import Path
 
 from ..errors import ViCAError
+from .choices import chosen
 from .data import hub_rows, need, stored_images
 from .tables import read_picture, read_table, write_spreadsheet
 from .task import Answers, Question, Score, StoredImage, Task, check_answers, listed, percent
@@ -33,12 +31,6 @@ LETTERS = "ABCD"
 TURN = 1_000_000  # a rotated row's number is its question's plus this, twice this, ...
 # What pandas, by which LLaVA's script reads the table, takes for an empty cell; nan and none count in any case.
 NOTHING = set("|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|n/a|null|-nan|-NaN".split("|"))
-REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
-)
 
 
 def read(name: str, folder: Path, split: str) -> list[Question]:
@@ -76,31 +68,6 @@ def _question(name: str, row: dict, image: StoredImage | None) -> Question:
 
 def _is_empty(value) -> bool:
     return value is None or value in NOTHING or str(value).lower() in ("nan", "none")
-
-
-def chosen(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that an answer means; None, or a Z, for no option."""
-    return _by_letter(answer, options) or _by_text(answer, options)
-
-
-def _by_letter(answer: str, options: dict[str, str]) -> str | None:
-    if any(refusal in answer for refusal in REFUSALS):
-        return "Z"
-    words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
-    named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # further ahead an A is an article
-        return named[0]
-    if not named and "Z" in words:
-        return "Z"
-    said = re.search(r"(?i)answer\s+is\s+\**([ABCD])", answer)
-    return said[1].upper() if said and said[1].upper() in options else None
-
-
-def _by_text(answer: str, options: dict[str, str]) -> str | None:
-    if len(answer.lower()) > 2 * sum(map(len, options.values())):
-        return None
-    named = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return named[0] if len(named) == 1 else None
 
 
 def score(questions: Sequence[Question], answers: Answers) -> Score:

@@ -1,6 +1,6 @@
 """ScienceQA: school questions with two to five options, half of them about a picture.
 
-Its two splits are parts of one test: `image`, the questions with a picture (SQA-I in papers), and `test`, all of them."""
+Its splits: `test` is all of the authors' test, `image` its questions with a picture (SQA-I in papers)."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Tables as MMBench has them: values between tabs, whose pictures stay in the file, and a spreadsheet for its server."""
+"""Tables as MMBench has them: values between tabs, whose pictures stay in the file, and its server's spreadsheets."""
 
 import base64
 import csv
