@@ -1,5 +1,5 @@
-"""Which option an answer means, where it is not just a letter: the rules of MMBench's public toolkit without its language
-model as a judge ("exact matching")."""
+"""Which option an answer means, where it is not just a letter: the rules of MMBench's public toolkit without a
+language model as a judge ("exact matching")."""
 
 import re
 

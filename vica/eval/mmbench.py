@@ -2,8 +2,8 @@
 
 Their tables hold each question once for each rotation of its options: rows 1000241, 2000241 ... are row 241 with its
 options in another order. The circular accuracy, which papers report, counts a question only where all of its rows are
-right; vanilla accuracy counts the rows that are not rotated. LLaVA's --all-rounds would rotate each row of the table once
-more; its scripts do not, and neither does this. Where a table has no rotated rows both are the same."""
+right; vanilla accuracy counts the rows that are not rotated. LLaVA's --all-rounds would rotate each row once more; its
+scripts do not ask for it, and neither is it done here. In a table without rotated rows both accuracies are the same."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
