@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, read_json, read_lines, stored_image
-from .task import Answers, Question, Score, Task, check_answers, percent
+from .task import Answers, Question, Score, Task, check_answers, listed, percent
 from .vqa_text import SHORT_ANSWER, evalai_answer, vqa_accuracy
 
 REPOSITORY = "lmms-lab/VQAv2"
 HUB_SPLITS = {"val": "validation", "test-dev": "testdev"}
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
+HUB_FOLDER = Path("playground/data/eval/vqav2")  # where the hub's reader looks for that list, which the hub has not
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 GET_LLAVA = "It is in LLaVA's eval.zip (docs/Evaluation.md there has the link): unzip eval.zip -d playground/data/eval"
@@ -57,13 +58,15 @@ def _read_test_dev(folder: Path) -> list[Question]:
 
 
 def read_hub(split: str) -> list[Question]:
+    if split == "test-dev":
+        need(HUB_FOLDER / WHOLE_TEST, GET_LLAVA)
     rows = hub_rows(REPOSITORY, HUB_SPLITS[split])
     return [
         Question(
             row["question_id"],
             row["question"] + SHORT_ANSWER,
             stored_image(rows, number, f"vqav2/{split}/{row['image_id']}"),
-            _gold(row) if split == "val" else {"whole_test": "playground/data/eval/vqav2"},
+            _gold(row) if split == "val" else {"whole_test": str(HUB_FOLDER)},
         )
         for number, row in enumerate(rows.remove_columns("image"))
     ]
@@ -93,17 +96,20 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
 
 
 def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Path:
+    """On val the file that the authors' own script scores, on test-dev the server's, with its answers processed and all
+    questions of the whole test in it."""
     check_answers(questions, answers)
-    places = {one.gold.get("whole_test") for one in questions}
-    if None in places:
-        raise ViCAError("vqav2's val is scored here; only test-dev has a file for the server")
-    given = {one.id: evalai_answer(answers[one.id]) for one in questions}
-    every = [line["question_id"] for place in places for line in read_lines(Path(place) / WHOLE_TEST, GET_LLAVA)]
-    if strays := given.keys() - set(every):
-        raise ViCAError(f"{WHOLE_TEST} lacks {len(strays)} questions that were answered, {min(strays)} for one")
-    path = folder / "vqav2_test-dev.json"
-    lines = [{"question_id": id, "answer": given.get(id, "")} for id in every]
-    path.write_text(json.dumps(lines), encoding="utf-8")
+    if not all("whole_test" in one.gold for one in questions):
+        return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
+    whole = Path(questions[0].gold["whole_test"]) / WHOLE_TEST
+    given = {line["question_id"]: "" for line in read_lines(whole, GET_LLAVA)}
+    if strays := [one.id for one in questions if one.id not in given]:
+        raise ViCAError(f"{whole} lacks questions that were answered: {listed(strays)}")
+    return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})
+
+
+def _write(path: Path, given: dict[int, str]) -> Path:
+    path.write_text(json.dumps([{"question_id": id, "answer": answer} for id, answer in given.items()]))
     return path
 
 
