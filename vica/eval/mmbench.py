@@ -73,7 +73,9 @@ def _is_empty(value) -> bool:
 def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     if any(one.gold["answer"] is None for one in questions):
-        return Score("circular accuracy", None, [("rows",), (len(questions),)], {"rows": len(questions)})
+        return Score(
+            "circular accuracy", None, [("ability", "rows"), ("all", len(questions))], {"rows": len(questions)}
+        )
     rows_of: dict[int, list[tuple[Question, bool]]] = defaultdict(list)
     for one in sorted(questions, key=lambda one: one.id):  # an unrotated row comes first
         right = chosen(answers[one.id], one.gold["options"]) == one.gold["answer"]
@@ -83,8 +85,9 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
         for name in sorted({str(rows[0][0].gold[kind]) for rows in rows_of.values()}):
             mine = [rows for rows in rows_of.values() if str(rows[0][0].gold[kind]) == name]
             parts[f"{kind}: {name}"] = _accuracies(mine)
-    table = [("ability", "questions", "circular", "vanilla", "vanilla, all rows")]
-    table += [(name, *part.values()) for name, part in parts.items()]
+    kinds = ("circular", "vanilla", "vanilla_all")
+    table = [("ability", "circular", "vanilla", "vanilla, all rows", "questions")]
+    table += [(name, *(f"{part[kind]:.2f}" for kind in kinds), part["questions"]) for name, part in parts.items()]
     return Score("circular accuracy", parts["all"]["circular"], table, {**parts["all"], "parts": parts})
 
 

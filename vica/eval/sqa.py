@@ -92,8 +92,8 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     figures = {"all": _accuracy(right)}
     for name, belongs in parts.items():
         figures[name] = _accuracy([hit for hit, one in zip(right, questions) if belongs(one.gold)])
-    rows = [("questions about", "questions", "accuracy")]
-    rows += [(name, *figures[name].values()) for name in ("all", *PARTS)]
+    rows = [("questions about", "accuracy", "questions")]
+    rows += [(name, f"{figures[name]['accuracy']:.2f}", figures[name]["questions"]) for name in ("all", *PARTS)]
     accuracy = figures["all"]["accuracy"]
     return Score("accuracy", accuracy, rows, {"accuracy": accuracy, "questions": len(right), "parts": figures})
 

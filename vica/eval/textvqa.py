@@ -54,7 +54,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     right = sum(textvqa_accuracy(answers[one.id], one.gold["answers"]) for one in questions)
     accuracy = percent(right, len(questions))
-    rows = [("questions", "accuracy"), (len(questions), accuracy)]
+    rows = [("answers", "accuracy", "questions"), ("all", f"{accuracy:.2f}", len(questions))]
     return Score("accuracy", accuracy, rows, {"accuracy": accuracy, "questions": len(questions)})
 
 

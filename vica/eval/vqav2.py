@@ -80,18 +80,20 @@ def _gold(one: dict) -> dict:
 def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     if any("answers" not in one.gold for one in questions):
-        return Score("accuracy", None, [("questions",), (len(questions),)], {"questions": len(questions)})
+        return Score(
+            "accuracy", None, [("answers", "questions"), ("all", len(questions))], {"questions": len(questions)}
+        )
     each = [vqa_accuracy(answers[one.id], one.gold["answers"]) for one in questions]
     overall = percent(sum(each), len(each))
     figures = {"accuracy": overall, "questions": len(each)}
-    rows: list[tuple] = [("answers", "questions", "accuracy"), ("all", len(each), overall)]
+    rows: list[tuple] = [("answers", "accuracy", "questions"), ("all", f"{overall:.2f}", len(each))]
     for kind in ("answer_type", "question_type"):
         parts = defaultdict(list)
         for one, accuracy in zip(questions, each):
             parts[one.gold[kind]].append(accuracy)
         figures[kind] = {name: percent(sum(part), len(part)) for name, part in sorted(parts.items())}
         if kind == "answer_type":  # there are 65 question types
-            rows += [(name, len(parts[name]), value) for name, value in figures[kind].items()]
+            rows += [(name, f"{value:.2f}", len(parts[name])) for name, value in figures[kind].items()]
     return Score("accuracy", overall, rows, figures)
 
 
