@@ -1,6 +1,7 @@
 """`vica train` on a toy world, float32 on the CPU: what learns, that the variants learn alike, what is saved."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, argum
 from vica.cli.main import main as program
 from vica.data.collate import Collator
 from vica.data.training import Example
+from vica.model import decoder, llama_accel
 from vica.toy.write import write
 from vica.train import run
 from vica.train.run import main
@@ -180,14 +182,45 @@ def test_packed_equals_one_by_one(variant, skip_logits):
 
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
-def test_text_alone_leaves_the_projector_a_gradient_of_zeros(variant):
-    """None would let ranks that saw an image wait for those that saw none."""
+@pytest.mark.parametrize("tower_learns", [False, True])
+def test_text_alone_leaves_what_sees_a_gradient_of_zeros(variant, tower_learns):
+    """None would let ranks that saw an image wait for those that saw none, and Adam skip what it else would move."""
     model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
-    model.model.vision_tower.requires_grad_(False)
+    model.model.vision_tower.requires_grad_(tower_learns)
+    _, seen = loss_and_gradients(model, [example("2 I 5", 0)], skip_logits=True)
     _, gradients = loss_and_gradients(model, [example("7", 0), example("4", 1)], skip_logits=True)
-    assert gradients.keys() == PROJECTOR | LANGUAGE
-    assert all(not gradients[name].any() for name in PROJECTOR)
-    assert all(gradients[name].any() for name in LANGUAGE)
+    assert gradients.keys() == seen.keys() and (gradients.keys() == PROJECTOR | LANGUAGE) != tower_learns
+    assert all(gradients[name].any() == (name in LANGUAGE) for name in gradients)
+
+
+class Asked(dict):
+    """A module's parameters; `asked` lists those that are looked up, as ZeRO-3 gathers them."""
+
+    def __init__(self, module, name: str, asked: list[str]):
+        super().__init__(module._parameters)
+        self.name, self.asked = name, asked
+
+    def __getitem__(self, key):
+        self.asked.append(f"{self.name}.{key}")
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
+@pytest.mark.parametrize("tower_learns", [False, True])
+def test_ranks_ask_for_weights_in_the_same_order(variant, tower_learns, monkeypatch):
+    """With images or without: what one rank alone gathers, it waits for."""
+    for module in (decoder, llama_accel):
+        monkeypatch.setattr(module, "among_ranks", lambda: True)
+    model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
+    model.model.vision_tower.requires_grad_(tower_learns)
+    asked, orders = [], []
+    for name, module in model.named_modules():
+        module._parameters = Asked(module, name, asked)
+    for parts in ("2 I 5", "I I 3", "7"):
+        loss_and_gradients(model, [example(parts, 0)], skip_logits=True)
+        orders.append(asked.copy())
+        asked.clear()
+    assert len(orders[0]) > 100 and orders[0] == orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
@@ -210,6 +243,17 @@ def test_stage_1_writes_the_projector_as_llava_does(root, stage1):
 def test_a_plain_language_model_lacks_nothing(root, tmp_path, caplog):
     trained(root, tmp_path, "pretrain")
     assert "holds no vision tower" not in caplog.text
+
+
+def test_from_a_cache_of_the_hub(root, tmp_path):
+    """Both of what it starts from lie in --cache_dir and nowhere else."""
+    for name in ("llm", "tower"):
+        place = tmp_path / f"cache/models--someone--{name}"
+        shutil.copytree(root / name, place / "snapshots/1")
+        (place / "refs").mkdir()
+        (place / "refs/main").write_text("1")
+    flags = dict(model_name_or_path="someone/llm", vision_tower="someone/tower", cache_dir=tmp_path / "cache")
+    trained(root, tmp_path / "out", "pretrain", **flags)
 
 
 @pytest.mark.parametrize("file", ["mm_projector.bin", ""])
@@ -333,6 +377,11 @@ def test_too_many_broken_samples(root, tmp_path, broken, capsys):
         (dict(report_to="paper"), "paper is not supported"),
         (dict(optim="lomo"), "lomo_optim"),
         (dict(output_dir="/proc/out"), "/proc/out"),
+        (dict(per_device_train_batch_size=0), "--per_device_train_batch_size is 0; it must be 1 at least"),
+        (dict(gradient_accumulation_steps=-2), "--gradient_accumulation_steps is -2; it must be 1 at least"),
+        (dict(dataloader_num_workers=-1), "--dataloader_num_workers is -1; it must be 0 at least"),
+        (dict(learning_rate=-1), "--learning_rate is -1.0; it must be 0 at least"),
+        (dict(seed=-1), "--seed is -1; it must be 0 at least"),
     ],
 )
 def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):

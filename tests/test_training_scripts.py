@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_pretrain_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "batch 4 (1 processes), 20 samples" in done.stdout
     assert len(losses(out)) == 2 and (out / "mm_projector.bin").is_file()
+
+
+@pytest.mark.parametrize("python, reason", [("bin/python", "No module named 'torch'"), ("none", "No such file")])
+def test_python_without_torch(tmp_path, python, reason):
+    venv.create(tmp_path, symlinks=True)
+    done = start("pretrain.sh", PYTHON=tmp_path / python)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{tmp_path / python} has no torch") and reason in done.stderr
+    assert "pip install -e '.[train]'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,11 @@ fi
 
 launch() {
     local found nodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" flags=() starter=()
-    found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    if ! found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)"; then
+        found="$("$PYTHON" -c 'import torch' 2>&1 || true)"
+        echo "$PYTHON has no torch (${found##*$'\n'}): pip install -e '.[train]', or let PYTHON name another" >&2
+        return 1
+    fi
     local processes="${GPUS:-$((found > 0 ? found : 1))}"
     local batch="${BATCH:?}" steps=$((GLOBAL_BATCH / (BATCH * processes * nodes)))
     if [ $((steps * batch * processes * nodes)) -ne "$GLOBAL_BATCH" ]; then

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from ..bench import counted, latency, memory, models, plot, report, throughput, training
+from ..bench import counted, evaluation, latency, memory, models, plot, report, throughput, training
 from ..errors import ViCAError
 from ..loading import check_device
 from . import common
 
-VERBS = {"latency": latency, "throughput": throughput, "memory": memory, "flops": counted, "train": training}
+VERBS = {
+    "latency": latency, "throughput": throughput, "eval": evaluation, "memory": memory, "flops": counted,
+    "train": training,
+}  # fmt: skip
 FROM_ZERO = ("prefix", "seed")
 
 
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb = verbs.add_parser(name, help=summary, description=summary, epilog=told(module.DEFAULTS))
         models.add_arguments(verb)
         group = verb.add_argument_group("what is measured")
-        if module is not training:  # whose prompts are of many lengths
+        if module not in (training, evaluation):  # whose prompts are of many lengths
             group.add_argument(
                 "--prefix", type=int, default=35, help="tokens before the image (35, as in LLaVA's prompt)"
             )

@@ -6,9 +6,18 @@ import sys
 import torch
 
 from ..errors import ViCAError
-from . import ask, bench, chat, convert, data, info, train
+from . import ask, bench, chat, convert, data, eval, info, train
 
-VERBS = {"ask": ask, "chat": chat, "info": info, "convert": convert, "data": data, "train": train, "bench": bench}
+VERBS = {
+    "ask": ask,
+    "chat": chat,
+    "info": info,
+    "convert": convert,
+    "data": data,
+    "train": train,
+    "eval": eval,
+    "bench": bench,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -84,6 +84,11 @@ class Engine:
                 bar.update()
         return results
 
+    def results(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Each request when its `result` is there, in any order. Leaving the loop cancels the rest."""
+        for _, request, _ in self._run(requests, streaming=False):
+            yield request
+
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
         """Tokens as they come, of all requests in any order; `request.result` is there with its last token, and of one
         that failed when the stream ends. Leaving the loop cancels the rest."""

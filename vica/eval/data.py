@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import partial
+from hashlib import sha1
 from pathlib import Path
 
 from ..errors import ViCAError
@@ -46,7 +47,11 @@ def hub_rows(repository: str, split: str, config: str | None = None, image: str 
     except Exception as error:  # of many kinds, its own and the network's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ViCAError(f"the hub's {repository} cannot be read: {reason}") from error
-    return rows.cast_column(image, datasets.Image(decode=False)) if image in rows.column_names else rows
+    if image not in rows.column_names:
+        return rows
+    stored = datasets.Image(decode=False)
+    single = isinstance(rows.features[image], datasets.Image)
+    return rows.cast_column(image, stored if single else datasets.List(stored))
 
 
 def stored_image(rows, row: int, key: str, column: str = "image") -> StoredImage:
@@ -55,4 +60,18 @@ def stored_image(rows, row: int, key: str, column: str = "image") -> StoredImage
 
 def _read_image(rows, row: int, column: str) -> bytes:
     stored = rows[row][column]
+    if isinstance(stored, list):  # SEED-Bench: the frames of a video, or one image
+        stored = stored[0]
     return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+
+
+def stored_images(rows, column: str = "image") -> list[StoredImage | None]:
+    """The pictures of a dataset that does not name them: rows that hold the same bytes share their key. None where a
+    row has no picture."""
+    return [
+        stored and stored_image(rows, row, _picture_name(stored), column) for row, stored in enumerate(rows[column])
+    ]
+
+
+def _picture_name(stored: dict) -> str:
+    return stored["path"] if stored["bytes"] is None else sha1(stored["bytes"]).hexdigest()

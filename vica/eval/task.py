@@ -35,13 +35,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """`value` is the one number that tables show, None where only the benchmark's owners can score; `rows` a table with
-    its heading; `figures` all that was counted, as JSON takes it."""
+    """`value` is the one number that tables show, of `full` that can be had, None where only the benchmark's owners can
+    score; `rows` a table with its heading; `figures` all that was counted, as JSON takes it."""
 
     metric: str
     value: float | None
     rows: list[tuple]
     figures: dict[str, Any]
+    full: float = 100
 
 
 @dataclass(frozen=True)

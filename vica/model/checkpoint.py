@@ -96,11 +96,12 @@ def apply_settings(
     t2v_layers=None,
     freeze_prefix=None,
     recipe: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> ViCAConfig:
     """The caller's wishes on top of a checkpoint's settings. Layers: argument, then `recipe` (a file of configs/), then
-    T2V_LAYERS, then the checkpoint."""
+    T2V_LAYERS, then the checkpoint. `cache_dir`: where a tower of the hub's is kept."""
     if config.vision_config is None and config.mm_vision_tower:
-        config.vision_config = tower_config(config.mm_vision_tower)
+        config.vision_config = tower_config(config.mm_vision_tower, cache_dir)
         config.mm_hidden_size = config.vision_config.hidden_size
     if recipe is not None:
         named = read_json(Path(recipe))
@@ -123,7 +124,7 @@ def choose_layers(argument, config: ViCAConfig) -> list[int] | None:
     return config.t2v_layers
 
 
-def tower_config(name: str):
+def tower_config(name: str, cache_dir: str | os.PathLike | None = None):
     """The tower's own config: from its folder or repository, or known by name so that none need be fetched."""
     if name in layouts.KNOWN_TOWERS:
         return AutoConfig.for_model(**layouts.KNOWN_TOWERS[name])
@@ -132,7 +133,7 @@ def tower_config(name: str):
     if known is not None and not Path(name).is_dir():  # somebody's private copy
         return AutoConfig.for_model(**known)
     try:
-        config = AutoConfig.from_pretrained(find_folder(name, weights=False))
+        config = AutoConfig.from_pretrained(find_folder(name, weights=False, cache_dir=cache_dir))
     except Exception as error:  # our own errors, and whatever transformers raises at a broken config
         reason = " ".join(str(error).split())[:200]
         raise ViCAError(f"the vision tower {name!r} that the checkpoint names cannot be read: {reason}") from error
@@ -206,10 +207,10 @@ def is_language_model(raw: dict) -> bool:
     return raw.get("model_type") in LANGUAGE_MODELS
 
 
-def read_tower(name: str) -> dict[str, torch.Tensor]:
+def read_tower(name: str, cache_dir: str | os.PathLike | None = None) -> dict[str, torch.Tensor]:
     """Weights of a tower kept apart from the language model. A whole CLIP's text half is left out."""
     weights = {}
-    for path in weight_files(find_folder(name)):
+    for path in weight_files(find_folder(name, cache_dir=cache_dir)):
         for key, tensor in read_file(path).items():
             if not layouts.HARMLESS.search(key) and not layouts.TEXT_TOWER.match(key):
                 weights[layouts.TOWER + key.removeprefix("vision_model.")] = tensor
@@ -244,14 +245,16 @@ def read_checkpoint(model_class, folder: Path, config: ViCAConfig) -> dict[str, 
     return weights
 
 
-def read_with_tower(folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+def read_with_tower(
+    folder: Path, config: ViCAConfig, cache_dir: str | os.PathLike | None = None
+) -> dict[str, torch.Tensor]:
     """Unchecked, because a plain language model still lacks a projector."""
     weights = read_weights(folder)
     has_tower = any(k.startswith("model.vision_tower.") for k in weights)
     if config.vision_config is not None and not has_tower and config.mm_vision_tower:
         if not is_language_model(read_json(folder / "config.json")):
             log.warning("the checkpoint holds no vision tower: reading %s", config.mm_vision_tower)
-        weights |= read_tower(config.mm_vision_tower)
+        weights |= read_tower(config.mm_vision_tower, cache_dir)
     return weights
 
 

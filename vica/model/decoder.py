@@ -56,26 +56,31 @@ class ViCAModel(ViCAPreTrainedModel):
         """[N, 3, H, W] to projected features [N, tokens, width]: all that the language model sees of an image."""
         if not hasattr(self, "vision_tower"):
             raise ViCAError("this model has no vision tower (vision_config is None): give image_features instead")
-        learns = any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(
-            learns and torch.is_grad_enabled()
-        ):  # checkpointing makes its inputs want gradients
-            features = self.vision_tower(pixel_values)
-        return self.mm_projector(features)
+        return self.mm_projector(self._look(pixel_values))
 
     def encode_no_image(self) -> torch.Tensor:
-        """Features of no image, [0, tokens, width], for text-only batches in training: the projector's gradients are
-        zeros instead of missing. Among ranks the tower sees a blank picture, of which nothing is kept."""
+        """Features of no image, [0, tokens, width], for text-only batches in training: the gradients of the projector,
+        and of a tower that learns, are zeros instead of missing. Such a tower, and any among ranks, sees a blank
+        picture, of which nothing is kept."""
         config = self.config
-        features = self._zeros(0, visual_tokens(config), config.mm_hidden_size)
-        if among_ranks():
+        if among_ranks() or self._tower_learns():
             side = config.vision_config.image_size
-            features = self.vision_tower(self._zeros(1, 3, side, side))[:0]
+            features = self._look(self._zeros(1, 3, side, side))[:0]
+        else:
+            features = self._zeros(0, visual_tokens(config), config.mm_hidden_size)
         return self.mm_projector(features)
 
+    def _look(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Checkpointing makes a tower's inputs want gradients, be it frozen: a frozen one is called without any."""
+        with torch.set_grad_enabled(self._tower_learns() and torch.is_grad_enabled()):
+            return self.vision_tower(pixel_values)
+
+    def _tower_learns(self) -> bool:
+        return any(p.requires_grad for p in self.vision_tower.parameters())
+
     def _zeros(self, *shape: int) -> torch.Tensor:
-        weight = self.embed_tokens.weight  # its new_zeros would be sharded as it is, under FSDP
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        """Made without a look at any weight: ZeRO-3 would gather it, and the other ranks would not."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def forward(
         self,

@@ -32,6 +32,7 @@ POSITIONS = 2048
 CAPTION_TOKENS = 72
 SCENES = 20000  # whose sentences the language model reads
 FAMILY = 4  # pictures that differ in one thing
+LEAST = {"tower_steps": 1, "language_steps": 1, "pictures": FAMILY, "batch": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(args) -> None:
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise ViCAError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} at least")
     device = check_device(args.device)
     torch.manual_seed(args.seed)
     texts = list(language(SCENES, args.seed))

@@ -15,6 +15,16 @@ from .stages import STAGES
 ABOUT = "Train stage 1 (the projector) or stage 2 (projector and language model) on LLaVA's data formats."
 
 
+# What less of would be a traceback from somewhere in torch, with the model already loaded.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "seed": 0,
+}
+
+
 def option(default, help: str, **more):
     return field(default=default, metadata={"help": help, **more})
 
@@ -95,10 +105,15 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self):
         self.settle_stage()
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ViCAError(f"--{name} is {getattr(self, name)}; it must be {least} at least")
         if self.eval_strategy != "no":
             raise ViCAError(f"--eval_strategy is {str(self.eval_strategy)!r}; there is no evaluation while training")
         self.remove_unused_columns = False  # the collator's columns are not all the model's
         self.warmup_steps = self.warmup_steps or self.warmup_ratio  # one name for both since transformers 5
+        if self.unfreeze_mm_vision_tower and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # the tower's layers behind the one that is read get no gradient
         rename_checkpointing(self)
         super().__post_init__()
 

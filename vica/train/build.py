@@ -20,8 +20,8 @@ PROJECTOR = "model.mm_projector."
 
 
 def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
-    hub = {"cache_dir": train_args.cache_dir} if train_args.cache_dir else {}
-    folder = checkpoint.find_folder(model_args.model_name_or_path, **hub)
+    cache_dir = train_args.cache_dir
+    folder = checkpoint.find_folder(model_args.model_name_or_path, cache_dir=cache_dir)
     raw = checkpoint.read_json(folder / "config.json")
     fresh = checkpoint.is_language_model(raw)
     config = checkpoint.apply_settings(
@@ -30,6 +30,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
         t2v_layers=model_args.t2v_layers,
         freeze_prefix=parse_prefix_rule(model_args.freeze_prefix),
         recipe=model_args.config,
+        cache_dir=cache_dir,
     )
     config.conversation = get_template(model_args.version).name
     config.image_aspect_ratio = data_args.image_aspect_ratio
@@ -38,7 +39,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
         raise ViCAError(f"{folder} has no vision tower and --vision_tower names none")
 
     set_seed(train_args.seed)  # of a new projector, and of adapters
-    weights = checkpoint.read_with_tower(folder, config)
+    weights = checkpoint.read_with_tower(folder, config, cache_dir)
     if model_args.pretrain_mm_mlp_adapter:
         weights = {name: x for name, x in weights.items() if not name.startswith(PROJECTOR)}
         weights |= checkpoint.read_projector(model_args.pretrain_mm_mlp_adapter)

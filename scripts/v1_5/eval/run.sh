@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sourced by the scripts beside it: `evaluate BENCHMARK FLAGS` asks all of a benchmark's questions and scores the answers.
+#
+#   CKPT=...             checkpoint folder or hub repository (default: the toy model, asked about the toy world)
+#   T2V_LAYERS="[0,1]"   other layers than the checkpoint's
+#   DATA=FOLDER          holds LLaVA's folders (default: playground/data/eval)
+#   GPUS=8               processes on this machine (default: its GPUs; none: one process on the CPU)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines
+#   PYTHON               interpreter (default: .venv's, else python3)
+# Flags are those of `vica eval`, such as --limit 100, --variant dense, --hub, --out FOLDER.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+fi
+
+evaluate() {
+    local found processes data="${DATA:-}" starter=("$PYTHON")
+    found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    processes="${GPUS:-$((found > 0 ? found : 1))}"
+    if [ -z "${CKPT:-}" ] && [ -z "$data" ]; then
+        data=playground/toy/eval
+        [ -d "$data" ] || "$PYTHON" -m vica.toy.benchmarks --out "$data"
+    fi
+    if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+        starter+=(-m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}"
+            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+            --master_port "${MASTER_PORT:-29500}")
+    fi
+    "${starter[@]}" -m vica.cli.main eval "$1" --model "${CKPT:-playground/checkpoints/toy-vica}" \
+        ${data:+--data "$data"} "${@:2}"
+}

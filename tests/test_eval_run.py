@@ -1,0 +1,225 @@
+"""The runner of vica eval: what is asked, what is kept, what is refused. Scorers have tests of their own."""
+
+import json
+from random import Random
+
+import pytest
+from PIL import Image
+
+from vica.engine import Engine
+from vica.errors import ViCAError
+from vica.eval.answering import answerer, by_engine
+from vica.eval.answers import FINAL, AnswerFiles, read_answers
+from vica.eval.ranks import Ranks
+from vica.eval.report import cells, read_summary, save, summarise
+from vica.eval.run import read_questions, run_task
+from vica.eval.task import Question, Score, StoredImage, Task, check_answers
+from vica.model.config import ViCAConfig
+from vica.model.llava import ViCAForConditionalGeneration
+from vica.toy.model import build
+from vica.toy.world import draw, random_scene
+
+
+def count_yes(questions, answers) -> Score:
+    found = sum(answers[q.id] == q.gold["answer"] for q in questions)
+    return Score("accuracy", 100 * found / len(questions), [("", "%"), ("all", "1")], {"right": found})
+
+
+TASK = Task("small", "Small", "small", ("val",), 4, lambda *_: [], lambda *_: [], count_yes)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Twelve questions on four pictures, by turns, one of them without a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for n in range(4):
+        draw(random_scene(Random(n))).save(folder / f"{n}.png")
+        paths.append(folder / f"{n}.png")
+    questions = [Question(n, f"What is in corner {n}?", paths[n % 4], {"answer": "x"}) for n in range(11)]
+    return [*questions, Question("last", "Say yes.", None, {"answer": "x"})]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def engine_answers(model):
+    return answerer(*model, max_batch=3)
+
+
+def told(question: Question) -> str:
+    return f"answer to {question.id}"
+
+
+def instant(questions, tokens):
+    yield from ((q, told(q), None) for q in questions)
+
+
+def dies_after(count: int):
+    """An answerer that does not come back."""
+
+    def answer(questions, tokens):
+        for place, one in enumerate(instant(questions, tokens)):
+            if place == count:
+                raise RuntimeError("the power failed")
+            yield one
+
+    return answer
+
+
+def run(folder, questions, answer=instant, settings=None, **options):
+    return run_task(TASK, questions, answer, folder, settings or {"model": "m"}, Ranks(), **options)
+
+
+def test_answers_are_the_models_own(world, model, engine_answers, tmp_path):
+    """As `generate` gives them, one at a time."""
+    accel, processor = model
+    outcome = run(tmp_path, world, engine_answers)
+    lines = [json.loads(line) for line in (tmp_path / FINAL).read_text().splitlines()]
+    assert [line["question_id"] for line in lines] == [q.id for q in world] and outcome.asked == len(world)
+    for question, line in zip(world, lines):
+        images = [] if question.image is None else [Image.open(question.image)]
+        inputs = processor.ask(question.prompt, images)
+        ids = accel.generate(**inputs, max_new_tokens=TASK.max_new_tokens, do_sample=False)
+        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line == {"question_id": question.id, "prompt": question.prompt, "text": text.strip()}
+    assert len({line["text"] for line in lines}) > 3
+
+
+def test_questions_on_one_picture_are_asked_together(world):
+    for processes in (1, 2, 3):
+        shares = [Ranks(rank, processes).share(world) for rank in range(processes)]
+        assert sorted(str(q.id) for share in shares for q in share) == sorted(str(q.id) for q in world)
+        for share in shares:
+            keys = [q.image_key for q in share]
+            assert sum(a != b for a, b in zip(keys, keys[1:])) == len(set(keys)) - 1
+        pictures = [{q.image_key for q in share} - {None} for share in shares]
+        assert sum(map(len, pictures)) == len(set().union(*pictures)) == 4
+    assert max(len(Ranks(rank, 2).share(world)) for rank in range(2)) <= 7
+
+
+def test_a_run_goes_on_where_it_was_stopped(world, tmp_path):
+    undisturbed = run(tmp_path / "undisturbed", world)
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path / "broken", world, dies_after(5))
+    part = next((tmp_path / "broken").glob("part-*"))
+    part.write_text(part.read_text() + '{"question_id": 6, "pro')  # cut short by a kill
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path / "broken", world, dies_after(1))
+    asked = []
+    outcome = run(tmp_path / "broken", world, lambda qs, n: ((asked.append(q.id), (q, told(q), None))[1] for q in qs))
+    assert outcome.asked == len(asked) == 6 and outcome.score == undisturbed.score
+    assert (tmp_path / "broken" / FINAL).read_bytes() == (tmp_path / "undisturbed" / FINAL).read_bytes()
+    assert not list((tmp_path / "broken").glob("part-*"))
+    again = run(tmp_path / "broken", world, dies_after(0))
+    assert again.asked == 0 and again.score == undisturbed.score
+
+
+def test_parts_of_more_processes_are_gone_on_from(world, tmp_path):
+    for rank in range(3):
+        for question in Ranks(rank, 3).share(world)[: rank + 1]:
+            AnswerFiles(tmp_path, rank).append({"question_id": question.id, "prompt": "", "text": told(question)})
+    AnswerFiles(tmp_path).claim({"model": "m", "questions": ""}, restart=False)
+    (tmp_path / "run.json").unlink()
+    assert run(tmp_path, world).asked == len(world) - 6
+
+
+def test_other_settings_do_not_mix(world, tmp_path):
+    run(tmp_path, world)
+    with pytest.raises(ViCAError, match="model 'm', now 'other'. --restart drops them"):
+        run(tmp_path, world, settings={"model": "other"})
+    with pytest.raises(ViCAError, match="holds answers of another run: questions"):
+        run(tmp_path, world[:-1])
+    assert run(tmp_path, world, settings={"model": "other"}, restart=True).asked == len(world)
+
+
+def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):
+    broken, missing = tmp_path / "broken.png", tmp_path / "missing.png"
+    broken.write_bytes(b"no picture")
+
+    def unreadable() -> bytes:
+        raise OSError("the disk is gone")
+
+    bad = [
+        Question("a", "What?", broken, {"answer": ""}),
+        Question("b", "What?", missing, {"answer": ""}),
+        Question("c", "What?", StoredImage("c", unreadable), {"answer": "x"}),
+    ]
+    outcome = run(tmp_path / "out", [*bad, *world], engine_answers)
+    assert outcome.score is None and set(outcome.failed) == {"a", "b", "c"} and "disk is gone" in outcome.failed["c"]
+    allowed = run(tmp_path / "out", [*bad, *world], engine_answers, allow_errors=True)
+    assert allowed.asked == 3 and allowed.failed.keys() == outcome.failed.keys()  # those alone are asked again
+    assert allowed.score.figures["right"] == 2  # answered with nothing
+    draw(random_scene(Random(9))).save(missing)
+    answered = {"question_id": "b", "prompt": "What?", "text": "before the next kill"}
+    AnswerFiles(tmp_path / "out").append(answered)
+    broken.write_bytes(missing.read_bytes())
+    assert set(run(tmp_path / "out", [*bad, *world], engine_answers).failed) == {"c"}
+    assert read_answers(tmp_path / "out" / FINAL)["b"] == answered
+
+
+def test_a_failing_worker_is_the_runs_failure(world, tmp_path):
+    with pytest.raises(RuntimeError, match="the power failed"):
+        run(tmp_path, world, dies_after(3))
+    assert not (tmp_path / FINAL).exists()
+
+
+def test_missing_and_double_answers_are_named(world, tmp_path):
+    run(tmp_path, world)
+    lines = (tmp_path / FINAL).read_text().splitlines(keepends=True)
+    answers = {line["question_id"]: line["text"] for line in map(json.loads, lines)}
+    check_answers(world, answers)
+    with pytest.raises(ViCAError, match="2 of 12 questions have no answer: 3, 7"):
+        check_answers(world, {id: text for id, text in answers.items() if id not in (3, 7)})
+    with pytest.raises(ViCAError, match="1 answers belong to no question: 99"):
+        check_answers(world, answers | {99: ""})
+    with pytest.raises(ViCAError, match="1 questions share their id with another: 4"):
+        check_answers([*world, world[4]], answers)
+    (tmp_path / FINAL).write_text("".join([*lines, lines[2]]))
+    with pytest.raises(ViCAError, match="answers 1 questions more than once: 2"):
+        read_answers(tmp_path / FINAL)
+    with pytest.raises(ViCAError, match="more than once: 2"):
+        run(tmp_path, world, dies_after(0))
+
+
+def test_mask_and_accel_answer_alike(world, model, tmp_path):
+    accel, processor = model
+    mask = ViCAForConditionalGeneration(ViCAConfig(**{**accel.config.to_dict(), "variant": "mask"})).eval()
+    mask.load_state_dict(accel.state_dict())
+    for name, answer in (("accel", answerer(accel, processor)), ("mask", answerer(mask, processor))):
+        run(tmp_path / name, world, answer)
+    assert (tmp_path / "mask" / FINAL).read_bytes() == (tmp_path / "accel" / FINAL).read_bytes()
+
+
+def test_options_reach_the_requests(world, model):
+    engine = Engine(*model, max_batch=4)
+    assert any("e" in text for _, text, _ in by_engine(engine, world, 20))
+    assert not any("e" in text for _, text, _ in by_engine(engine, world, 20, stop="e"))
+
+
+def test_the_summary_compares(world, model, tmp_path):
+    config = model[0].config
+    outcomes = [run(tmp_path / "a", world, lambda qs, n: ((q, "x" if q.id in (1, 2, 3) else "", None) for q in qs))]
+    first = summarise(outcomes, {"model": "m"}, config, None)
+    assert [path.name for path in save(first, tmp_path)] == ["summary.json", "summary.csv", "summary.md"]
+    assert read_summary(tmp_path / "summary.json") == first
+    other = [run(tmp_path / "b", world, lambda qs, n: ((q, "x" if q.id in (1, 2) else "", None) for q in qs))]
+    second = summarise(other * 3, {"model": "m"}, config, tmp_path / "summary.json")
+    (row, *_) = cells(second)
+    assert row[:4] == ("Small", "accuracy", "16.67", "66.7%") and row[5] == "12" and float(row[4]) > 0
+    assert "summary.png" in {path.name for path in save(second, tmp_path / "b")}
+    table = (tmp_path / "b" / "summary.md").read_text().splitlines()
+    assert len(table) == 5 and table[2].startswith("| Small | accuracy | 16.67 | 66.7% |")
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(ViCAError, match="no summary.json"):
+        read_summary(tmp_path / "no.json")
+
+
+def test_what_is_asked_for_must_exist():
+    with pytest.raises(ViCAError, match="small has no split 'test'; it has val"):
+        read_questions(TASK, None, "test", None)
+    with pytest.raises(ViCAError, match="Small has no questions in the hub"):
+        read_questions(TASK, None, None, None)

@@ -1,0 +1,265 @@
+"""The recipe in small, beside its world: what training starts from, the score of a model, the table of the runs."""
+
+import json
+import re
+from argparse import Namespace
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import vica
+from tests.builders import assert_close
+from tests.engines import answer, seeing_model
+from tests.training import arguments
+from vica.toy import base, claim, evaluate
+from vica.toy.captions import caption
+from vica.toy.score import read_questions
+from vica.toy.world import draw
+from vica.toy.write import write
+from vica.train.run import main as train
+
+CPU = ["--device", "cpu"]
+STEPS = ["--tower-steps", "2", "--language-steps", "2", "--pictures", "8", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A world, and beside it what training starts from."""
+    root = tmp_path_factory.mktemp("recipe")
+    write(root / "world", 24, 4, seed=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "SCENES", 30)
+        assert base.main(["--out", str(root), *STEPS, *CPU]) == 0
+    return root
+
+
+# --- the base -----------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_what_transformers_reads(root):
+    tokenizer = AutoTokenizer.from_pretrained(root / "llm")
+    language, of_language = LlamaForCausalLM.from_pretrained(root / "llm", output_loading_info=True)
+    tower, of_tower = CLIPVisionModel.from_pretrained(root / "tower", output_loading_info=True)
+    assert not any(of_language.values()) and not any(of_tower.values())
+    special = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert special == [getattr(language.config, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert len(tokenizer) == language.config.vocab_size
+    text = "What colour is the star? red 图中有几个圆环？"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    with Image.open(root / "world/images/train/000000.png") as picture:
+        pixels = CLIPImageProcessorPil.from_pretrained(root / "tower")(picture, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        assert torch.isfinite(tower(pixels).last_hidden_state).all()
+        assert torch.isfinite(language(**tokenizer(text, return_tensors="pt")).logits).all()
+
+
+def test_training_goes_on_from_the_base(root, tmp_path):
+    assert train(arguments(root, tmp_path / "out", max_steps=1)) == 0
+    model, processor = vica.load(tmp_path / "out", device="cpu")
+    assert (model.config.text_config.num_hidden_layers, processor.image_processor.crop_size["height"]) == (12, 112)
+
+
+def test_what_the_tower_learns_from(root, monkeypatch):
+    """Families of pictures as the saved image processor gives them, each with its own caption, which is read at its
+    first pad token."""
+    pictures, captions, scenes, seen = [], [], [], {}
+
+    def drawn(scene):
+        scenes.append(scene)
+        pictures.append(draw(scene))
+        return pictures[-1]
+
+    def told(scene, rng):
+        assert scene == scenes[len(captions)]
+        captions.append(caption(scene, rng))
+        return captions[-1]
+
+    def learn(model, loss, *_):
+        model.vision_model.embeddings.patch_embedding.register_forward_pre_hook(lambda _, x: seen.update(pixels=x[0]))
+        model.text_model.embeddings.token_embedding.register_forward_hook(
+            lambda _, ids, words: words.retain_grad() or seen.update(ids=ids[0], words=words)
+        )
+        loss().backward()
+
+    for name, stand_in in (("draw", drawn), ("caption", told), ("learn", learn)):
+        monkeypatch.setattr(base, name, stand_in)
+    tokenizer = AutoTokenizer.from_pretrained(root / "llm")
+    base.contrastive(tokenizer, Namespace(pictures=24, batch=64, tower_steps=1, seed=0), torch.device("cpu"))
+
+    processed = CLIPImageProcessorPil.from_pretrained(root / "tower")(pictures).pixel_values
+    processed = torch.from_numpy(np.stack(processed))
+    places = torch.cdist(seen["pixels"].flatten(1), processed.flatten(1)).argmin(1)
+    assert_close(seen["pixels"], processed[places])
+    families = places.view(16, 4)
+    assert torch.equal(families, families[:, :1] + torch.arange(4)) and len(families.unique()) > 12
+    pads = (seen["ids"] == tokenizer.pad_token_id).int().argmax(1)
+    read = [tokenizer.decode(row[:pad]) for row, pad in zip(seen["ids"], pads)]
+    assert read == [f"<s>{captions[place]}</s>" for place in places]
+    reached = seen["words"].grad.any(-1)
+    assert torch.equal(reached, torch.arange(reached.shape[1]) <= pads[:, None])
+
+
+def test_learning(capsys):
+    torch.manual_seed(0)
+    model, rows = torch.nn.Linear(3, 1), torch.randn(16, 3)
+
+    def loss() -> torch.Tensor:
+        return (model(rows) - rows.sum(1, keepdim=True)).square().mean()
+
+    before = loss().item()
+    assert not base.learn(model, loss, 100, 0.1, "sum", torch.device("cpu")).training
+    assert loss().item() < before / 100
+    assert re.match(r"sum: loss 0\.0\d\d after 100 steps", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "option, value, told",
+    [
+        ("--tower-steps", 0, "--tower-steps is 0; it must be 1 at least"),
+        ("--pictures", 3, "--pictures is 3; it must be 4 at least"),
+        ("--device", "tpu", "device is 'tpu'"),
+    ],
+)
+def test_mistakes_of_the_base_are_told_at_once(tmp_path, capsys, monkeypatch, option, value, told):
+    monkeypatch.setattr(base, "language", lambda *_: pytest.fail("begun"))
+    assert base.main(["--out", str(tmp_path / "base"), option, str(value)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vica.toy.base: ") and told in line and not (tmp_path / "base").exists()
+
+
+# --- the score ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked(root, tmp_path_factory):
+    """A model, and a world of whose questions it answers two in three as the world would have it."""
+    folder = tmp_path_factory.mktemp("asked")
+    model, processor = seeing_model()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    questions = read_questions(root / "world/test.jsonl")
+    for place, question in enumerate(questions):
+        inputs = processor.ask(question["text"], [root / "world/images" / question["image"]])
+        said = processor.decode(answer(model, inputs, evaluate.ANSWER), skip_special_tokens=True)
+        question["answer"] = said if place % 3 else f"{said} not"
+    assert len({question["answer"] for question in questions}) > len(questions) * 0.8
+    (folder / "images").symlink_to(root / "world/images")
+    (folder / "test.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
+    return folder
+
+
+def score(folder, *options) -> int:
+    return evaluate.main([str(folder / "model"), "--world", str(folder), *options, *CPU])
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_right_answers_are_counted_by_kind(asked, tmp_path, capsys, limit):
+    assert score(asked, "--json", str(tmp_path / "score.json"), *(["--limit", str(limit)] if limit else [])) == 0
+    kinds = [question["kind"] for question in read_questions(asked / "test.jsonl")][:limit]
+    right, of = Counter(kind for place, kind in enumerate(kinds) if place % 3), Counter(kinds)
+    counts = {kind: [right[kind], of[kind]] for kind in of} | {"all": [right.total(), of.total()]}
+    assert json.loads((tmp_path / "score.json").read_text()) == counts
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 4]
+    shown = {kind: [int(right), int(of), share] for kind, right, of, share in rows if kind in counts}
+    assert shown == {kind: [right, of, f"{100 * right / of:.1f}"] for kind, (right, of) in counts.items()}
+
+
+def test_a_question_that_cannot_be_asked_stops_the_score(asked, tmp_path, capsys):
+    questions = read_questions(asked / "test.jsonl")
+    questions[3]["image"] = "test/nowhere.png"
+    for name in ("model", "images"):
+        (tmp_path / name).symlink_to(asked / name)
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
+    assert score(tmp_path, "--json", str(tmp_path / "score.json")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vica.toy.evaluate: a question was not answered: ") and "nowhere.png" in line
+    assert not (tmp_path / "score.json").exists()
+
+
+def test_a_world_that_is_not_there(asked, tmp_path, capsys):
+    (tmp_path / "model").symlink_to(asked / "model")
+    assert score(tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vica.toy.evaluate: ") and "test.jsonl" in line
+
+
+# --- the claim ----------------------------------------------------------------------------------------------------
+
+# Name and seed, layers, right answers of 10 and of 30, seconds.
+RUNS = [
+    ("dense-0", [], (6, 18), 100.0),
+    ("dense-1", [], (8, 24), 201.0),
+    ("vica-0", [1], (5, 15), 20.0),
+    ("vica-1", [1], (6, 21), 24.0),
+    ("blind-0", [], (1, 9), 9.6),
+]
+# 4 visual tokens. Linear maps of a layer for each: keys and values 128 FLOPs, queries and output 256, the rest 768; the
+# attention of a dense layer: 10 pairs of 32. So dense is 4 x 4928, one T2V layer 512, which is 2.6%.
+TABLE = """\
+| % | dense | vica | blind |
+| --- | --- | --- | --- |
+| word | 70.0 ± 14.1 | 55.0 ± 7.1 | 10.0 |
+| all | 70.0 ± 14.1 | 60.0 ± 14.1 | 30.0 |
+| of dense's accuracy | 100.0% | 85.7% | 42.9% |
+| of dense's visual FLOPs | 100.0% | 2.6% | 0.0% |
+| training, s | 150 | 22 | 10 |
+| seeds | 2 | 2 | 1 |
+"""
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, layers, (word, every), seconds in RUNS:
+        config = vica.ViCAConfig(
+            text_config=dict(
+                hidden_size=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, num_hidden_layers=4
+            ),
+            vision_config=dict(image_size=28, patch_size=14),
+            variant="dense" if name.startswith("dense") else "accel",
+            t2v_layers=layers,
+        )
+        config.save_pretrained(tmp_path / name / "model")
+        history = [dict(loss=2.5, step=1), dict(loss=0.5, step=8), dict(train_runtime=seconds, step=8)]
+        (tmp_path / name / "model/trainer_state.json").write_text(json.dumps(dict(log_history=history)))
+        (tmp_path / name / "score.json").write_text(json.dumps(dict(word=[word, 10], all=[every, 30])))
+    return tmp_path
+
+
+def test_the_claims_numbers(runs):
+    read = claim.read_runs(runs)
+    assert [f"{run['name']}-{run['seed']}" for run in read] == sorted(name for name, *_ in RUNS)
+    assert [run["t2v_layers"] for run in read] == [[], None, None, [1], [1]]
+    assert [run["visual_flops"] for run in read] == [0, 19712, 19712, 512, 512]
+    assert {(run["steps"], run["loss"]) for run in read} == {(8, 0.5)}
+    assert claim.markdown(read) == TABLE
+    alone = claim.markdown([run for run in read if run["name"] == "vica"])
+    assert "of dense" not in alone and "| all | 60.0 ± 14.1 |" in alone
+
+
+def test_the_claims_files(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert claim.main([str(runs), "--out", str(tmp_path / "claim")]) == 0
+    assert capsys.readouterr().out.rstrip() == TABLE.rstrip() == (tmp_path / "claim/claim.md").read_text().rstrip()
+    assert json.loads((tmp_path / "claim/claim.json").read_text()) == claim.read_runs(runs)
+    with Image.open(tmp_path / "claim/claim.png") as plot:
+        assert len(plot.convert("RGB").getcolors(2**24)) > 3
+
+
+@pytest.mark.parametrize(
+    "missing, told",
+    [
+        ("", "nowhere holds no NAME-SEED/score.json"),
+        ("dense-0/model/config.json", "dense-0/model holds no config.json"),
+    ],
+)
+def test_runs_that_are_missing_are_told(runs, tmp_path, capsys, missing, told):
+    if missing:
+        (runs / missing).unlink()
+    assert claim.main([str(runs if missing else runs / "nowhere"), "--out", str(tmp_path / "claim")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vica.toy.claim: ") and told in line and not (tmp_path / "claim").exists()

@@ -1,0 +1,109 @@
+"""Score a model on benchmarks: LLaVA-1.5's questions, each benchmark's own scorer."""
+
+from pathlib import Path
+
+from ..bench.report import table
+from ..data.processor import ViCAProcessor
+from ..errors import ViCAError
+from . import common
+
+ROOT = Path("playground/data/eval")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "task",
+        nargs="+",
+        metavar="TASK",
+        help="all, or some of: vqav2 gqa sqa textvqa pope mme mmbench mmbench_cn seed",
+    )
+    common.add_model(parser)
+    group = parser.add_argument_group("questions")
+    group.add_argument(
+        "--data", type=Path, metavar="FOLDER", help=f"holds LLaVA's folders, one a benchmark (default: {ROOT})"
+    )
+    group.add_argument(
+        "--hub", action="store_true", help="the hub's datasets instead, fetched once (HF_HUB_OFFLINE=1: never)"
+    )
+    group.add_argument("--split", help="of the benchmark, where it has several")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each")
+    group.add_argument("--template", metavar="NAME", help="prompt template (default: the checkpoint's)")
+    group.add_argument("--image-mode", metavar="MODE", help="pad, resize or crop (default: the checkpoint's)")
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for answers and scores; a run that was stopped goes on there (default: playground/answers/<model>)",
+    )
+    group.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="summary.json of another run, of whose scores percents are told"
+    )
+    group.add_argument(
+        "--allow-errors", action="store_true", help="score although questions failed; they count as wrong"
+    )
+    group.add_argument("--restart", action="store_true", help="drop the answers that are there")
+    group.add_argument("--max-batch", type=int, metavar="N", help="requests at a time (default: what memory allows)")
+
+
+def run(args) -> None:
+    from ..eval import report
+    from ..eval.answering import answerer
+    from ..eval.ranks import all_ranks
+    from ..eval.run import read_questions, run_task
+    from ..eval.tasks import choose
+
+    tasks = choose(args.task)
+    if args.limit is not None and args.limit < 1:
+        raise ViCAError(f"--limit is {args.limit}; it must be 1 at least")
+    if args.baseline:
+        report.read_summary(args.baseline)  # a wrong path is found sooner than a model is loaded
+    root = None if args.hub else args.data or ROOT
+    questions = {task.name: read_questions(task, root, args.split, args.limit) for task in tasks}
+    with all_ranks() as ranks:
+        args.device = args.device or ranks.device
+        model, processor = common.load_for_answers(args)
+        out = args.out or Path("playground/answers") / Path(args.model).name
+        about = settings(args, model, processor)
+        answer, outcomes = answerer(model, processor, args.max_batch), []
+        for task in tasks:
+            outcome = run_task(
+                task, questions[task.name], answer, out / task.name, about, ranks, args.restart, args.allow_errors
+            )
+            if outcome is not None:
+                show(outcome)
+                outcomes.append(outcome)
+    if not outcomes:
+        return  # another process than the first
+    summary = report.summarise(outcomes, about, model.config, args.baseline)
+    print("\n" + table([report.HEADING, *report.cells(summary)]))
+    print(*report.save(summary, out))
+    if failed := [f"{o.task.name} {len(o.failed)}" for o in outcomes if o.failed and not args.allow_errors]:
+        raise ViCAError(
+            f"questions without an answer: {', '.join(failed)}; run again to ask them again, or --allow-errors"
+        )
+
+
+def settings(args, model, processor: ViCAProcessor) -> dict:
+    """What answers depend on beside the questions."""
+    config = model.config
+    return dict(
+        model=args.model,
+        variant=config.variant,
+        t2v_layers=config.t2v_layers,
+        freeze_prefix=config.freeze_prefix,
+        dtype=str(model.dtype).removeprefix("torch."),
+        template=processor.conversation,
+        image_mode=processor.image_mode,
+        split=args.split,
+    )
+
+
+def show(outcome) -> None:
+    print(f"\n{outcome.task.title}: {outcome.questions} questions")
+    for id, reason in outcome.failed.items():
+        print(f"  question {id} failed: {reason}")
+    if outcome.score:
+        print(table(outcome.score.rows))
+    if outcome.submission:
+        print(f"to be submitted: {outcome.submission}")

@@ -1,0 +1,55 @@
+"""From questions to answers, as they come: through the engine, or, for the mask variant, by the plain model."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from ..data.images import load_image
+from ..engine import Engine, Request
+from ..errors import ViCAError
+from .task import Question, StoredImage
+
+Answered = tuple[Question, str | None, str | None]  # the question, its answer, or why there is none
+Answerer = Callable[[Iterable[Question], int], Iterator[Answered]]
+
+
+def answerer(model, processor, max_batch: int | None = None) -> Answerer:
+    """Greedy answers of so many new tokens at most, in any order."""
+    if model.config.variant == "mask":
+        return lambda questions, tokens: by_model(model, processor, questions, tokens)
+    engine = Engine(model, processor, max_batch=max_batch)
+    return lambda questions, tokens: by_engine(engine, questions, tokens)
+
+
+def by_engine(engine: Engine, questions: Iterable[Question], tokens: int, **options) -> Iterator[Answered]:
+    """`options` are a request's."""
+    failed: list[Answered] = []
+
+    def requests() -> Iterator[Request]:
+        for question in questions:
+            try:
+                yield Request.ask(question.prompt, sources(question), max_new_tokens=tokens, id=question, **options)
+            except OSError as error:  # of a stored image; files are opened by the engine's workers
+                failed.append((question, None, str(error)))
+
+    for request in engine.results(requests()):
+        result = request.result
+        yield request.id, None if result.error else result.text.strip(), result.error
+    yield from failed
+
+
+def by_model(model, processor, questions: Iterable[Question], tokens: int) -> Iterator[Answered]:
+    for question in questions:
+        try:
+            inputs = processor.ask(question.prompt, [load_image(source) for source in sources(question)])
+        except (ViCAError, OSError) as error:
+            yield question, None, str(error)
+            continue
+        with torch.inference_mode():
+            ids = model.generate(**inputs.to(model.device), max_new_tokens=tokens, do_sample=False)
+        yield question, processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), None
+
+
+def sources(question: Question) -> list:
+    image = question.image
+    return [] if image is None else [image.read() if isinstance(image, StoredImage) else image]

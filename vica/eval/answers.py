@@ -1,0 +1,98 @@
+"""Answers on disk: each process appends its own to a part as they come, and a run that was killed goes on from the
+parts. In the end they become one file, in the order of the questions, that does not tell how it came about."""
+
+import json
+import os
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from ..errors import ViCAError
+from .task import Question, listed
+
+FINAL, SETTINGS, PARTS = "answers.jsonl", "run.json", "part-*.jsonl"
+
+
+def record(question: Question, text: str | None, error: str | None = None) -> dict:
+    """A line of the file, with LLaVA's key names; `error` in place of a text where there is none."""
+    told = {"text": text} if error is None else {"error": error}
+    return {"question_id": question.id, "prompt": question.prompt, **told}
+
+
+class AnswerFiles:
+    def __init__(self, folder: Path, rank: int = 0):
+        self.folder, self.part, self.file = folder, folder / PARTS.replace("*", f"{rank:04}"), None
+
+    def claim(self, settings: dict, restart: bool = False) -> None:
+        """Answers of other settings are not gone on from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / SETTINGS
+        if restart:
+            for old in (path, self.folder / FINAL, *self._parts()):
+                old.unlink(missing_ok=True)
+        if path.exists() and (held := json.loads(path.read_text())) != settings:
+            differs = [f"{k} {held.get(k)!r}, now {settings.get(k)!r}" for k in settings if held.get(k) != settings[k]]
+            raise ViCAError(f"{self.folder} holds answers of another run: {'; '.join(differs)}. --restart drops them")
+        write_whole(path, json.dumps(settings) + "\n")
+
+    def read(self) -> dict[Hashable, dict]:
+        """What was answered so far, by id; a question that failed may be asked again."""
+        final = self.folder / FINAL
+        lines = list(read_answers(final).values()) if final.exists() else []
+        lines += [line for part in self._parts() for line in read_records(part)]
+        return {line["question_id"]: line for line in reversed(lines) if "error" not in line}
+
+    def append(self, line: dict) -> None:
+        self.file = self.file or open(self.part, "a", encoding="utf-8")
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def mend(self) -> None:
+        """Drops the line that a kill cut short: what is appended must begin a line of its own."""
+        if self.part.exists():
+            with open(self.part, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def finish(self, questions: Sequence[Question], lines: dict[Hashable, dict]) -> None:
+        if missing := [question.id for question in questions if question.id not in lines]:
+            raise ViCAError(f"{len(missing)} of {len(questions)} questions have no answer: {listed(missing)}")
+        text = "".join(json.dumps(lines[question.id], ensure_ascii=False) + "\n" for question in questions)
+        write_whole(self.folder / FINAL, text)
+
+    def drop_parts(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(PARTS))
+
+
+def read_records(path: Path) -> list[dict]:
+    """All whole lines; the last may have been cut short."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ViCAError(f"{path} holds a line that is no JSON: {error}") from error
+
+
+def read_answers(path: Path) -> dict[Hashable, dict]:
+    """The lines of a finished file by id, of which each may occur once."""
+    lines = read_records(path)
+    found = {line["question_id"]: line for line in lines}
+    if len(found) < len(lines):
+        ids = [line["question_id"] for line in lines]
+        twice = sorted({id for id in ids if ids.count(id) > 1}, key=str)
+        raise ViCAError(f"{path} answers {len(twice)} questions more than once: {listed(twice)}")
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,25 @@
+"""What LLaVA-1.5's evaluation says after each question, and how its question files are read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ViCAError
+from .data import read_lines
+
+# Checkpoints were trained on these words: a changed letter costs accuracy.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+EVAL_ZIP = (
+    "It is in LLaVA's eval.zip, unpacked into playground/data/eval: "
+    "gdown 1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy && unzip eval.zip -d playground/data/eval"
+)
+
+
+def records(path: Path, get: str, *names: str) -> Iterator[tuple]:
+    """These fields of each line of a file of JSON lines."""
+    for line in read_lines(path, get):
+        try:
+            yield tuple(line[name] for name in names)
+        except (KeyError, TypeError) as error:
+            raise ViCAError(f"{path} has a line without {', '.join(names)}: {str(line)[:80]}") from error

@@ -1,0 +1,93 @@
+"""POPE: is there such a thing in the picture? What is not there was drawn at random, from things that are often in
+pictures (popular), or from things that are often beside what is there (adversarial)."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ViCAError
+from .data import hub_rows, need, stored_image
+from .llava import EVAL_ZIP, SHORT_ANSWER, records
+from .task import Answers, Question, Score, Task, check_answers
+
+FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # LLaVA's ids: this plus POPE's own
+KINDS = ("random", "popular", "adversarial")
+FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+LABELS = (
+    "for kind in random popular adversarial; do wget -P playground/data/eval/pope/coco "
+    "https://raw.githubusercontent.com/RUCAIBox/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco/"
+    "coco_pope_$kind.json; done"
+)
+PICTURES = (
+    "wget http://images.cocodataset.org/zips/val2014.zip && unzip val2014.zip 'val2014/*' -d playground/data/eval/pope"
+)
+
+
+def read(folder: Path, split: str) -> list[Question]:
+    labels = {kind: _labels(folder / "coco" / f"coco_pope_{kind}.json") for kind in KINDS}
+    pictures, questions = need(folder / "val2014", PICTURES), []
+    path = folder / "llava_pope_test.jsonl"
+    for id, image, text, kind in records(path, EVAL_ZIP, "question_id", "image", "text", "category"):
+        answer = labels.get(kind, {}).get(_asked(image, text))
+        if answer is None:
+            raise ViCAError(f"{path} asks {id}, of which {folder}/coco/coco_pope_{kind}.json knows nothing. {LABELS}")
+        questions.append(Question(id, text, pictures / image, dict(answer=answer, kind=kind)))
+    return questions
+
+
+def read_hub(split: str) -> list[Question]:
+    """POPE's newer files: 90 more random questions than LLaVA's, and "an apple" where LLaVA asks for "a apple"."""
+    rows = hub_rows("lmms-lab/POPE", split)
+    return [
+        Question(
+            FIRST_ID[row["category"]] + int(row["question_id"]),
+            row["question"].strip() + SHORT_ANSWER,
+            stored_image(rows, number, row["image_source"]),
+            dict(answer=row["answer"].lower().strip(), kind=row["category"]),
+        )
+        for number, row in enumerate(rows.remove_columns("image"))
+    ]
+
+
+def score(questions: Sequence[Question], answers: Answers) -> Score:
+    check_answers(questions, answers)
+    figures: dict[str, dict] = {}
+    for kind in KINDS:
+        if asked := [question for question in questions if question.gold["kind"] == kind]:
+            said = [(not says_no(answers[question.id]), question.gold["answer"] != "no") for question in asked]
+            figures[kind] = _count(said)
+    average = {name: sum(split[name] for split in figures.values()) / len(figures) for name in FIGURES}
+    figures["average"] = average
+    rows = [("split", "accuracy", "precision", "recall", "F1", "yes ratio")]
+    rows += [(kind, *(f"{split[name]:.2f}" for name in FIGURES)) for kind, split in figures.items()]
+    return Score("F1", average["f1"], rows, figures)
+
+
+def says_no(answer: str) -> bool:
+    """Everything else counts as a yes, nothing at all too."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"}.isdisjoint(words)
+
+
+def _count(said: list[tuple[bool, bool]]) -> dict:
+    """Of answers (is it a yes?, should it be?). A share of nothing is 0, where the authors' script would stop."""
+    right, wrong = said.count((True, True)), said.count((True, False))
+    missed, refused = said.count((False, True)), said.count((False, False))
+    precision, recall = right / max(1, right + wrong), right / max(1, right + missed)
+    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+    shares = ((right + refused) / len(said), precision, recall, f1, (right + wrong) / len(said))
+    counts = dict(questions=len(said), tp=right, fp=wrong, tn=refused, fn=missed)
+    return counts | {name: 100 * share for name, share in zip(FIGURES, shares)}
+
+
+def _labels(path: Path) -> dict[tuple[str, str], str]:
+    return {_asked(image, text): label for image, text, label in records(path, LABELS, "image", "text", "label")}
+
+
+def _asked(image: str, text: str) -> tuple[str, str]:
+    """What a question is known by: POPE's authors mended "a apple" and "imange" after LLaVA had taken its copy."""
+    thing = re.match("Is there an? (.+) in the ", text)
+    return image, thing[1] if thing else text.removesuffix(SHORT_ANSWER)
+
+
+TASK = Task("pope", "POPE", "pope", ("test",), 128, read, read_hub, score)

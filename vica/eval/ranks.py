@@ -1,0 +1,66 @@
+"""Several processes, one a GPU, on one machine or many: which questions are whose, and how answers come together."""
+
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .task import Question
+
+PATIENCE = timedelta(days=7)  # one process may be done long before another
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> str | None:
+        """This process's own card; None leaves the choice to who loads the model."""
+        return f"cuda:{self.local}" if self.world > 1 and torch.cuda.is_available() else None
+
+    def share(self, questions: Sequence[Question]) -> list[Question]:
+        """This process's questions, those about one image one after another: it is encoded once."""
+        groups: dict[Any, list[Question]] = {}
+        for place, question in enumerate(questions):
+            groups.setdefault(place if question.image_key is None else question.image_key, []).append(question)
+        return [question for group in list(groups.values())[self.rank :: self.world] for question in group]
+
+    def gather(self, value) -> list | None:
+        """Everybody's values, for the first; the others get None."""
+        if self.world == 1:
+            return [value]
+        gathered = [None] * self.world if self.first else None
+        dist.gather_object(value, gathered)
+        return gathered
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def all_ranks():
+    """The processes that torchrun started; without it, this one alone."""
+    rank, world, local = (
+        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if world == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(rank, world, local)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,122 @@
+"""All benchmarks of a run in one table: on screen, as JSON, CSV and Markdown, and as a radar plot."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+from ..errors import ViCAError
+from ..model.config import ViCAConfig
+from ..model.flops import visual_flops
+from ..model.sizes import visual_tokens
+from .answers import write_whole
+from .run import Outcome
+
+HEADING = ("benchmark", "metric", "score", "of baseline", "visual GFLOPs", "questions", "questions/s")
+
+
+def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline: Path | None) -> dict:
+    """`visual_gflops` is what the decoder spends on the visual tokens of one image."""
+    held = {row["task"]: row["score"] for row in read_summary(baseline)["benchmarks"]} if baseline else {}
+    rows = []
+    for outcome in outcomes:
+        value = outcome.score.value if outcome.score else None
+        base = held.get(outcome.task.name)
+        told = outcome.as_json()
+        rows.append(
+            dict(
+                task=outcome.task.name,
+                title=outcome.task.title,
+                metric=outcome.score.metric if outcome.score else None,
+                score=value,
+                full_score=outcome.score.full if outcome.score else None,
+                percent_of_baseline=100 * value / base if value is not None and base else None,
+                visual_gflops=visual_flops(config, visual_tokens(config)) / 1e9,
+                questions=outcome.questions,
+                questions_per_s=told["questions_per_s"],
+                failed=len(outcome.failed),
+            )
+        )
+    return dict(about, baseline=baseline and str(baseline), benchmarks=rows)
+
+
+def read_summary(path: Path) -> dict:
+    try:
+        summary = json.loads(path.read_text())
+        if isinstance(summary["benchmarks"], list):
+            return summary
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ViCAError(f"{path} is no summary.json of vica eval")
+
+
+def cells(summary: dict) -> list[tuple]:
+    """The table's rows as words."""
+
+    def shown(value, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        (
+            row["title"],
+            row["metric"] or "-",
+            shown(row["score"], ".2f")
+            if not row["failed"]
+            else f"{shown(row['score'], '.2f')} ({row['failed']} failed)",
+            shown(row["percent_of_baseline"], ".1f") + ("%" if row["percent_of_baseline"] is not None else ""),
+            shown(row["visual_gflops"], ".4g"),
+            str(row["questions"]),
+            shown(row["questions_per_s"], ".1f"),
+        )
+        for row in summary["benchmarks"]
+    ]
+
+
+def save(summary: dict, folder: Path) -> list[Path]:
+    """summary.json, .csv, .md and, where matplotlib is installed and there are three scores at least, .png."""
+    rows = cells(summary)
+    lines = [HEADING, ("---",) * len(HEADING), *rows]
+    texts = {
+        "json": json.dumps(summary, indent=1, ensure_ascii=False) + "\n",
+        "csv": as_csv(summary["benchmarks"]),
+        "md": "".join("| " + " | ".join(line) + " |\n" for line in lines),
+    }
+    for kind, text in texts.items():
+        write_whole(folder / f"summary.{kind}", text)
+    paths = [folder / f"summary.{kind}" for kind in texts]
+    scored = [row for row in summary["benchmarks"] if row["score"] is not None]
+    if len(scored) >= 3 and draw(summary, scored, folder / "summary.png"):
+        paths.append(folder / "summary.png")
+    return paths
+
+
+def as_csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw(summary: dict, rows: list[dict], path: Path) -> bool:
+    """A radar plot: percent of the baseline where there is one, else of each benchmark's full score."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    compared = all(row["percent_of_baseline"] is not None for row in rows)
+    values = [row["percent_of_baseline"] if compared else 100 * row["score"] / row["full_score"] for row in rows]
+    angles = [math.tau * place / len(rows) for place in range(len(rows))]
+    figure, axes = pyplot.subplots(figsize=(6, 6), subplot_kw={"projection": "polar"}, layout="constrained")
+    axes.plot([*angles, angles[0]], [*values, values[0]])
+    axes.fill(angles, values, alpha=0.2)
+    axes.set_xticks(angles, [row["title"] for row in rows])
+    axes.set_ylim(0, max(100, *values))
+    axes.set_title(f"{summary['model']}, {'percent of baseline' if compared else 'percent of the full score'}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

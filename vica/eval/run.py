@@ -1,0 +1,124 @@
+"""One benchmark from its questions to its score."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import ViCAError
+from .answering import Answerer
+from .answers import FINAL, AnswerFiles, read_answers, record, write_whole
+from .ranks import Ranks
+from .task import Question, Score, Task, check_answers
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to. `failed` says by id why a question has no answer; with some there is a score only where
+    errors are allowed, and such a question counts as answered with nothing."""
+
+    task: Task
+    questions: int
+    asked: int  # in this run; the others had their answers from an earlier one
+    seconds: float
+    score: Score | None
+    failed: dict
+    submission: Path | None = None
+
+    def as_json(self) -> dict:
+        return dict(
+            task=self.task.name,
+            questions=self.questions,
+            asked=self.asked,
+            seconds=self.seconds,
+            questions_per_s=self.asked / self.seconds if self.asked and self.seconds else None,
+            score=self.score and asdict(self.score),
+            failed={str(id): reason for id, reason in self.failed.items()},
+            submission=self.submission and str(self.submission),
+        )
+
+
+def run_task(
+    task: Task,
+    questions: Sequence[Question],
+    answer: Answerer,
+    folder: Path,
+    settings: dict,
+    ranks: Ranks,
+    restart: bool = False,
+    allow_errors: bool = False,
+) -> Outcome | None:
+    """The first process's outcome; the others give it their answers and get None."""
+    files = AnswerFiles(folder, ranks.rank)
+    if ranks.first:
+        files.claim(settings | {"questions": digest(questions)}, restart)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks.wait()
+    mine, known = ranks.share(questions), files.read()
+    files.mend()
+    ranks.wait()  # before anybody appends, everybody has read
+    start = time.perf_counter()
+    lines = {question.id: known[question.id] for question in mine if question.id in known}
+    asked = [question for question in mine if question.id not in known]
+    lines |= ask(task, asked, answer, files, ranks)
+    gathered = ranks.gather((lines, len(asked), time.perf_counter() - start))
+    outcome = None
+    if gathered is not None:
+        lines = {id: line for part, _, _ in gathered for id, line in part.items()}
+        files.finish(questions, lines)
+        asked, seconds = sum(count for _, count, _ in gathered), max(seconds for *_, seconds in gathered)
+        outcome = judge(task, questions, folder, asked, seconds, allow_errors)
+        write_whole(folder / RESULT, json.dumps(outcome.as_json(), indent=1, ensure_ascii=False) + "\n")
+    ranks.wait()
+    files.drop_parts()
+    return outcome
+
+
+def ask(task: Task, questions: list[Question], answer: Answerer, files: AnswerFiles, ranks: Ranks) -> dict:
+    """The answers' lines by id, each on disk as soon as it is there."""
+    lines = {}
+    title = task.title + (f", process 1 of {ranks.world}" if ranks.world > 1 else "")
+    shown = ranks.first and sys.stderr.isatty() and questions
+    with tqdm(total=len(questions), desc=title, unit=" questions", disable=not shown) as bar:
+        for question, text, error in answer(questions, task.max_new_tokens):
+            lines[question.id] = record(question, text, error)
+            files.append(lines[question.id])
+            bar.update()
+    return lines
+
+
+def judge(
+    task: Task, questions: Sequence[Question], folder: Path, asked: int, seconds: float, allow_errors: bool
+) -> Outcome:
+    """Scores the file, not what is in memory: what counts can be read."""
+    lines = read_answers(folder / FINAL)
+    failed = {id: line["error"] for id, line in lines.items() if "error" in line}
+    score = submission = None
+    if not failed or allow_errors:
+        answers = {id: line.get("text", "") for id, line in lines.items()}
+        check_answers(questions, answers)
+        score = task.score(questions, answers)
+        submission = task.submit(questions, answers, folder) if task.submit else None
+    return Outcome(task, len(questions), asked, seconds, score, failed, submission)
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """Of what is asked, in order."""
+    told = json.dumps([[question.id, question.prompt, question.image_key] for question in questions])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def read_questions(task: Task, root: Path | None, split: str | None, limit: int | None) -> list[Question]:
+    """From LLaVA's folders under `root`, or from the hub where that is None."""
+    split = task.check_split(split)
+    questions = task.read_hub(split) if root is None else task.read(root / task.folder, split)
+    if not questions:
+        raise ViCAError(f"{task.title} has no questions in {root / task.folder if root else 'the hub'}")
+    return questions[:limit]

@@ -1,0 +1,31 @@
+"""The benchmarks by name."""
+
+from ..errors import ViCAError
+from . import gqa, mmbench, mme, pope, seed, sqa, textvqa, vqav2
+from .task import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        vqav2.TASK,
+        gqa.TASK,
+        sqa.TASK,
+        textvqa.TASK,
+        pope.TASK,
+        mme.TASK,
+        mmbench.ENGLISH,
+        mmbench.CHINESE,
+        seed.TASK,
+    )
+}
+
+
+def choose(names: list[str]) -> list[Task]:
+    if names == ["all"]:
+        return list(TASKS.values())
+    for name in names:
+        if name not in TASKS:
+            raise ViCAError(
+                f"there is no benchmark {name!r}; there are {', '.join(TASKS)}, and all of them together: all"
+            )
+    return [TASKS[name] for name in dict.fromkeys(names)]
