@@ -6,11 +6,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from vica.toy.benchmarks import write
 
 from tests.forks import start
 from vica.cli.main import main
 from vica.eval.answers import FINAL, PARTS
+from vica.toy.benchmarks import write
 from vica.toy.model import save
 
 TASKS = ("pope", "mme")
@@ -26,7 +26,7 @@ def ground(tmp_path_factory):
 
 def command(ground: Path, out: Path) -> list[str]:
     folders = ["--model", str(ground / "model"), "--data", str(ground / "data"), "--out", str(out)]
-    return ["eval", *TASKS, *folders, "--max-batch", "2"]
+    return ["eval", *TASKS, *folders, "--max-batch", "2", "--max-new-tokens", "5"]
 
 
 def begin(ground: Path, out: Path, processes: int):

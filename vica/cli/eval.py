@@ -1,5 +1,6 @@
 """Score a model on benchmarks: LLaVA-1.5's questions, each benchmark's own scorer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..bench.report import table
@@ -43,6 +44,9 @@ def add_arguments(parser) -> None:
         "--allow-errors", action="store_true", help="score although questions failed; they count as wrong"
     )
     group.add_argument("--restart", action="store_true", help="drop the answers that are there")
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="of an answer (default: as LLaVA has it, 128 or 1024)"
+    )
     group.add_argument("--max-batch", type=int, metavar="N", help="requests at a time (default: what memory allows)")
 
 
@@ -54,8 +58,11 @@ def run(args) -> None:
     from ..eval.tasks import choose
 
     tasks = choose(args.task)
-    if args.limit is not None and args.limit < 1:
-        raise ViCAError(f"--limit is {args.limit}; it must be 1 at least")
+    for name in ("limit", "max_new_tokens", "max_batch"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ViCAError(f"--{name.replace('_', '-')} is {value}; it must be 1 at least")
+    if args.max_new_tokens:
+        tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]
     if args.baseline:
         report.read_summary(args.baseline)  # a wrong path is found sooner than a model is loaded
     root = None if args.hub else args.data or ROOT

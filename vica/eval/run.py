@@ -58,7 +58,7 @@ def run_task(
     """The first process's outcome; the others give it their answers and get None."""
     files = AnswerFiles(folder, ranks.rank)
     if ranks.first:
-        files.claim(settings | {"questions": digest(questions)}, restart)
+        files.claim(settings | {"questions": digest(questions), "max_new_tokens": task.max_new_tokens}, restart)
     folder.mkdir(parents=True, exist_ok=True)
     ranks.wait()
     mine, known = ranks.share(questions), files.read()
