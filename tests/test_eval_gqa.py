@@ -94,6 +94,8 @@ def test_missing_files(folder):
 def test_a_question_without_annotations(folder):
     write(folder / "data" / NAME, json.dumps({id: annotated(id) for id in list(QUESTIONS)[1:]}))
     assert "asks 201307251, to which" in told(lambda: TASK.read(folder, "testdev"))
+    write(folder / "data" / NAME, json.dumps([annotated(id) for id in QUESTIONS]))  # as others publish it
+    assert "not GQA's own" in told(lambda: TASK.read(folder, "testdev"))
 
 
 @pytest.mark.parametrize(
