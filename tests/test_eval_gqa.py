@@ -146,8 +146,14 @@ def test_figures():
     ]
 
 
-def test_without_types():
-    """A file may have answers only."""
+def test_without_types(folder):
+    """A file may have answers only, or some of the types; a hub's row then has None."""
+    answer, types = dict(answer="yes"), [{}, dict(types=None), dict(types=dict(structural="query", semantic=None))]
+    write(folder / "data" / NAME, json.dumps({id: answer | held for id, held in zip(QUESTIONS, types)}))
+    questions = TASK.read(folder, "testdev")
+    assert [question.gold for question in questions] == [answer, answer, dict(answer="yes", structural="query")]
+    score = TASK.score(questions, {question.id: "yes" for question in questions})
+    assert list(score.figures) == ["all", "binary", "open", "structural: query"]
     score = TASK.score([Question("1", "?", None, dict(answer="yes"))], {"1": "yes"})
     assert score.figures == {"all": dict(questions=1, right=1, accuracy=100)}
 
