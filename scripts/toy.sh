@@ -32,13 +32,13 @@ print({"vica": chosen, "random": sorted(random.Random(seed).sample(others, len(c
 PYTHON
 }
 
-train() { # name seed: both stages and the test, unless they are there
+train() { # name seed: both stages and the test; what is there already is gone on from
     local out="$FOLDER/runs/$1-$2" variant=accel common
     [ "$1" = dense ] && variant=dense
     T2V_LAYERS="$(layers "$1" "$2")"
     export T2V_LAYERS
     common=(--variant "$variant" --seed "$2" --model_name_or_path "$FOLDER/base/llm" --vision_tower "$FOLDER/base/tower"
-        --gradient_checkpointing False --group_by_modality_length False --logging_steps 10 --save_strategy no
+        --gradient_checkpointing False --group_by_modality_length False --logging_steps 10 --save_total_limit 1
         --disable_tqdm True)
     mkdir -p "$out"
     [ -f "$out/projector/mm_projector.bin" ] || DATA="$FOLDER/world/pretrain.json" IMAGES="$FOLDER/world/images" \

@@ -1,5 +1,5 @@
-"""Training runs in processes that may be killed. They are forked off a process that has done the imports, because a
-run on a toy world is a second of training after eight of imports."""
+"""Runs in processes that may be killed. They are forked off a process that has done the imports, because a run on a toy
+world is a second of work after eight of imports."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ from vica.toy.write import write
 from vica.train.run import main
 
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["tests.forks", "deepspeed", "peft", "matplotlib.pyplot"]
+PRELOADED = ["tests.forks", "vica.cli.main", "deepspeed", "peft", "matplotlib.pyplot"]
 ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
@@ -70,8 +70,14 @@ class Run:
         return False
 
 
-def start(argv: list[str], log: Path, ranks: int = 1, sabotage: Callable[[], None] | None = None) -> Run:
-    """`sabotage` is called in the new processes before they train."""
+def start(
+    argv: list[str],
+    log: Path,
+    ranks: int = 1,
+    sabotage: Callable[[], None] | None = None,
+    program: Callable[[list[str]], int] = main,
+) -> Run:
+    """Training, or another program. `sabotage` is called in the new processes before it."""
     FORKS.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ON_CPU.items():
@@ -79,13 +85,19 @@ def start(argv: list[str], log: Path, ranks: int = 1, sabotage: Callable[[], Non
         forkserver.ensure_running()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks}
     places = [{**address, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
-    processes = [FORKS.Process(target=train, args=(argv, place, log, sabotage)) for place in places]
+    processes = [FORKS.Process(target=work, args=(program, argv, place, log, sabotage)) for place in places]
     for process in processes:
         process.start()
     return Run(processes, log)
 
 
-def train(argv: list[str], environment: dict, log: Path, sabotage: Callable[[], None] | None) -> None:
+def work(
+    program: Callable[[list[str]], int],
+    argv: list[str],
+    environment: dict,
+    log: Path,
+    sabotage: Callable[[], None] | None,
+) -> None:
     os.setpgrp()
     multiprocessing.set_start_method(None, force=True)  # of the loader's workers: as in any process, not as here
     os.environ.update({name: str(value) for name, value in environment.items()})
@@ -96,7 +108,7 @@ def train(argv: list[str], environment: dict, log: Path, sabotage: Callable[[], 
     torch.set_num_threads(1)
     if sabotage is not None:
         sabotage()
-    code = main(argv)
+    code = program(argv)
     sys.stdout.flush()
     os._exit(code)
 

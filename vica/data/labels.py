@@ -97,29 +97,32 @@ def _plain(turns: list[str], processor: ViCAProcessor, template: Template) -> tu
 
 
 def _chat(turns: list[str], processor: ViCAProcessor, template: Template) -> tuple[list[int], list[int]]:
-    """Round by round: a stop token cuts the text for every tokenizer, so that what follows it can be tokenized without
-    what stands before. That the rounds make up the whole is checked, not believed."""
+    """The whole text's ids, cut after each stop token into rounds. What a round asks is tokenized once more to see how
+    long it is: a stop token cuts the text for every tokenizer, so that this needs nothing of what stands before it."""
     stop = processor.tokenize(template.stop, add_special_tokens=False)
     if stop != [processor.tokenizer.eos_token_id]:
         raise ViCAError(f"template {template.name} ends answers with {template.stop}, which is not the tokenizer's eos")
     messages = [(_ROLES[place % 2], text) for place, text in enumerate(turns)]
     if found := next((text for text in turns if template.stop in text), None):
         raise ViCAError(f"a message holds {template.stop}, the token that ends answers: {shorten(found)}")
-    ids, labels, before = [], [], ""
-    for place in range(1, len(turns), 2):
-        if not turns[place]:
-            continue  # as in LLaVA an empty answer is open and has no stop token: the round goes on
-        opened, closed = template.render(messages[:place]), template.render(messages[: place + 1])
-        if not before:
-            asked, both = processor.tokenize(opened), processor.tokenize(closed)
-        else:
-            following = [template.stop + text.removeprefix(before) for text in (opened, closed)]
-            asked, both = (processor.tokenize(text, add_special_tokens=False)[1:] for text in following)
-        if both[: len(asked)] != asked:
+    # As in LLaVA an empty answer is open and has no stop token: the round goes on.
+    answers = [place for place in range(1, len(turns), 2) if turns[place]]
+    ids = processor.tokenize(template.render(messages))
+    ends = [place for place, token in enumerate(ids, 1) if token == stop[0]]
+    if len(ends) != len(answers) or ends[-1] != len(ids):
+        raise ViCAError(f"the text has {len(ends)} stop tokens for {len(answers)} answers: {shorten(turns[0])}")
+    labels, start, before = [], 0, ""
+    for place, end in zip(answers, ends):
+        asked = _asked(template.render(messages[:place]), before, processor, template)
+        if ids[start : start + len(asked)] != asked:
             raise ViCAError(f"the answer's tokens cannot be told from the question's: {shorten(turns[place])}")
-        ids += both
-        labels += [IGNORE] * len(asked) + both[len(asked) :]
-        before = closed
-    if ids != processor.tokenize(before):
-        raise ViCAError(f"the rounds' tokens are not those of the whole text: {shorten(before)}")
+        labels += [IGNORE] * len(asked) + ids[start + len(asked) : end]
+        start, before = end, template.render(messages[: place + 1])
     return ids, labels
+
+
+def _asked(opened: str, before: str, processor: ViCAProcessor, template: Template) -> list[int]:
+    """The ids of a text that ends where an answer is to begin, without those of its beginning `before`."""
+    if not before:
+        return processor.tokenize(opened)
+    return processor.tokenize(template.stop + opened.removeprefix(before), add_special_tokens=False)[1:]

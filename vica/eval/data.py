@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import partial
+from hashlib import sha1
 from pathlib import Path
 
 from ..errors import ViCAError
@@ -62,3 +63,15 @@ def _read_image(rows, row: int, column: str) -> bytes:
     if isinstance(stored, list):  # SEED-Bench: the frames of a video, or one image
         stored = stored[0]
     return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+
+
+def stored_images(rows, column: str = "image") -> list[StoredImage | None]:
+    """The pictures of a dataset that does not name them: rows that hold the same bytes share their key. None where a
+    row has no picture."""
+    return [
+        stored and stored_image(rows, row, _picture_name(stored), column) for row, stored in enumerate(rows[column])
+    ]
+
+
+def _picture_name(stored: dict) -> str:
+    return stored["path"] if stored["bytes"] is None else sha1(stored["bytes"]).hexdigest()

@@ -1,0 +1,118 @@
+"""VQAv2: short answers about photographs. On val the accuracy over ten people's answers; test-dev is scored by the
+benchmark's server alone, which wants an answer, if an empty one, to every question of the whole test."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ViCAError
+from .data import hub_rows, need, read_json, read_lines, stored_image
+from .task import Answers, Question, Score, Task, check_answers, listed, percent
+from .vqa_text import SHORT_ANSWER, evalai_answer, vqa_accuracy
+
+REPOSITORY = "lmms-lab/VQAv2"
+HUB_SPLITS = {"val": "validation", "test-dev": "testdev"}
+TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
+WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
+HUB_FOLDER = Path("playground/data/eval/vqav2")  # where the hub's reader looks for that list, which the hub has not
+VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+GET_LLAVA = "It is in LLaVA's eval.zip (docs/Evaluation.md there has the link): unzip eval.zip -d playground/data/eval"
+GET_VAL = (
+    "Get it: wget https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/{archive} && unzip {archive} -d {folder}"
+    " (images: http://images.cocodataset.org/zips/val2014.zip)"
+)
+
+
+def read(folder: Path, split: str) -> list[Question]:
+    return _read_val(folder) if split == "val" else _read_test_dev(folder)
+
+
+def _read_val(folder: Path) -> list[Question]:
+    get_questions = GET_VAL.format(folder=folder, archive="v2_Questions_Val_mscoco.zip")
+    get_annotations = GET_VAL.format(folder=folder, archive="v2_Annotations_Val_mscoco.zip")
+    annotations = {
+        one["question_id"]: one for one in read_json(folder / VAL_ANNOTATIONS, get_annotations)["annotations"]
+    }
+    asked = read_json(folder / VAL_QUESTIONS, get_questions)["questions"]
+    if strays := [one["question_id"] for one in asked if one["question_id"] not in annotations]:
+        raise ViCAError(f"{folder / VAL_ANNOTATIONS} has no answers to question {strays[0]}")
+    return [
+        Question(
+            one["question_id"],
+            one["question"] + SHORT_ANSWER,
+            folder / "val2014" / f"COCO_val2014_{one['image_id']:012d}.jpg",
+            _gold(annotations[one["question_id"]]),
+        )
+        for one in asked
+    ]
+
+
+def _read_test_dev(folder: Path) -> list[Question]:
+    need(folder / WHOLE_TEST, GET_LLAVA)  # now, not after hours of answers
+    return [
+        Question(line["question_id"], line["text"], folder / "test2015" / line["image"], {"whole_test": str(folder)})
+        for line in read_lines(folder / TEST_DEV, GET_LLAVA)
+    ]
+
+
+def read_hub(split: str) -> list[Question]:
+    if split == "test-dev":
+        need(HUB_FOLDER / WHOLE_TEST, GET_LLAVA)
+    rows = hub_rows(REPOSITORY, HUB_SPLITS[split])
+    return [
+        Question(
+            row["question_id"],
+            row["question"] + SHORT_ANSWER,
+            stored_image(rows, number, f"vqav2/{split}/{row['image_id']}"),
+            _gold(row) if split == "val" else {"whole_test": str(HUB_FOLDER)},
+        )
+        for number, row in enumerate(rows.remove_columns("image"))
+    ]
+
+
+def _gold(one: dict) -> dict:
+    people = [answer["answer"] for answer in one["answers"]]
+    return {"answers": people, "answer_type": one["answer_type"], "question_type": one["question_type"]}
+
+
+def score(questions: Sequence[Question], answers: Answers) -> Score:
+    check_answers(questions, answers)
+    if any("answers" not in one.gold for one in questions):
+        return Score(
+            "accuracy", None, [("answers", "questions"), ("all", len(questions))], {"questions": len(questions)}
+        )
+    each = [vqa_accuracy(answers[one.id], one.gold["answers"]) for one in questions]
+    overall = percent(sum(each), len(each))
+    figures = {"accuracy": overall, "questions": len(each)}
+    rows: list[tuple] = [("answers", "accuracy", "questions"), ("all", f"{overall:.2f}", len(each))]
+    for kind in ("answer_type", "question_type"):
+        parts = defaultdict(list)
+        for one, accuracy in zip(questions, each):
+            parts[one.gold[kind]].append(accuracy)
+        figures[kind] = {name: percent(sum(part), len(part)) for name, part in sorted(parts.items())}
+        if kind == "answer_type":  # there are 65 question types
+            rows += [(name, f"{value:.2f}", len(parts[name])) for name, value in figures[kind].items()]
+    return Score("accuracy", overall, rows, figures)
+
+
+def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Path:
+    """On val the file that the authors' own script scores, on test-dev the server's, with its answers processed and all
+    questions of the whole test in it."""
+    check_answers(questions, answers)
+    if not all("whole_test" in one.gold for one in questions):
+        return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
+    whole = Path(questions[0].gold["whole_test"]) / WHOLE_TEST
+    given = {line["question_id"]: "" for line in read_lines(whole, GET_LLAVA)}
+    if strays := [one.id for one in questions if one.id not in given]:
+        raise ViCAError(f"{whole} lacks questions that were answered: {listed(strays)}")
+    return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})
+
+
+def _write(path: Path, given: dict[int, str]) -> Path:
+    path.write_text(json.dumps([{"question_id": id, "answer": answer} for id, answer in given.items()]))
+    return path
+
+
+TASK = Task("vqav2", "VQAv2", "vqav2", ("val", "test-dev"), 128, read, read_hub, score, submit)
