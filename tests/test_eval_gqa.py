@@ -94,6 +94,8 @@ def test_missing_files(folder):
 def test_a_question_without_annotations(folder):
     write(folder / "data" / NAME, json.dumps({id: annotated(id) for id in list(QUESTIONS)[1:]}))
     assert "asks 201307251, to which" in told(lambda: TASK.read(folder, "testdev"))
+    write(folder / "data" / NAME, json.dumps([annotated(id) for id in QUESTIONS]))  # as others publish it
+    assert "not GQA's own" in told(lambda: TASK.read(folder, "testdev"))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,14 @@ def test_figures():
     ]
 
 
-def test_without_types():
-    """A file may have answers only."""
+def test_without_types(folder):
+    """A file may have answers only, or some of the types; a hub's row then has None."""
+    answer, types = dict(answer="yes"), [{}, dict(types=None), dict(types=dict(structural="query", semantic=None))]
+    write(folder / "data" / NAME, json.dumps({id: answer | held for id, held in zip(QUESTIONS, types)}))
+    questions = TASK.read(folder, "testdev")
+    assert [question.gold for question in questions] == [answer, answer, dict(answer="yes", structural="query")]
+    score = TASK.score(questions, {question.id: "yes" for question in questions})
+    assert list(score.figures) == ["all", "binary", "open", "structural: query"]
     score = TASK.score([Question("1", "?", None, dict(answer="yes"))], {"1": "yes"})
     assert score.figures == {"all": dict(questions=1, right=1, accuracy=100)}
 

@@ -134,6 +134,7 @@ def test_wrong_files(folder):
         ("It's yes", "other"),
         ("noye", "no"),
         ("nyes", "yes"),
+        ("yno", "no"),
         ("y", "other"),
         ("", "other"),
         ("是的", "other"),

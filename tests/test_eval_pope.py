@@ -57,6 +57,15 @@ def test_files(folder):
     assert [question.gold["kind"] for question in questions] == ["adversarial"] * 4 + ["popular"] * 4 + ["random"] * 4
 
 
+def test_questions_in_other_words(folder):
+    """Worlds of one's own may ask as they like."""
+    for path in [folder / "llava_pope_test.jsonl", *folder.glob("coco/*")]:
+        asked = path.read_text().replace("an apple", "a apple").replace("imange", "image")
+        path.write_text(asked.replace("Is there", "Do you see"))
+    questions = TASK.read(folder, "test")
+    assert [question.gold["answer"] for question in questions] == [answer for _, answer in THINGS] * 3
+
+
 def test_hub(folder, monkeypatch, tmp_path):
     rows = [
         dict(
@@ -141,6 +150,7 @@ def test_figures():
     assert random["f1"] == pytest.approx(200 / 3)
     assert random["yes_ratio"] == 37.5  # of the answers: the questions' own would be 37.5 too, hence the next
     assert score.figures["popular"]["yes_ratio"] == 100
+    assert (score.figures["popular"]["precision"], score.figures["popular"]["recall"]) == (50, 100)
     assert score.figures["popular"]["f1"] == pytest.approx(200 / 3)
     nothing = score.figures["adversarial"]
     assert (nothing["accuracy"], nothing["precision"], nothing["recall"], nothing["f1"]) == (50, 0, 0, 0)

@@ -20,6 +20,8 @@ def read(folder: Path, split: str) -> list[Question]:
     data, path = folder / "data", folder / "llava_gqa_testdev_balanced.jsonl"
     places = [data / NAME, data / "questions1.2" / NAME, data / "questions" / NAME]
     known = read_json(next((place for place in places if place.exists()), places[0]), ANNOTATIONS)
+    if not isinstance(known, dict):
+        raise ViCAError(f"{NAME} in {data} is not GQA's own, which has its questions by id. {ANNOTATIONS}")
     pictures, questions = need(data / "images", PICTURES), []
     for id, image, text in records(path, EVAL_ZIP, "question_id", "image", "text"):
         if "answer" not in known.get(id, ()):

@@ -14,9 +14,9 @@ GROUPS = {
     "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split(),
 }
 RELEASE = (
-    "MME_Benchmark_release_version is mailed on request, see the branch Evaluation of "
-    "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, or take the hub's: "
-    "huggingface-cli download --repo-type dataset lmms-lab/MME"
+    "MME_Benchmark_release_version comes from its authors, see the branch Evaluation of "
+    "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models; the hub has the same questions: "
+    "vica eval mme --hub"
 )
 YES_OR_NO = "Please answer yes or no."  # MME's own files end with it, LLaVA asks for a word or phrase instead
 
