@@ -104,7 +104,7 @@ def test_mmbench_lost_and_broken_tables(tmp_path):
     with pytest.raises(ViCAError, match="has no column image"):
         mmbench.ENGLISH.read(tmp_path, "dev")
     path.write_text("\t".join(COLUMNS) + "\n1\tWhat?\n")
-    with pytest.raises(ViCAError, match="the row at byte 76 has 2 values, its heading 14"):
+    with pytest.raises(ViCAError, match="the row at byte 83 has 2 values, its heading 14"):
         mmbench.ENGLISH.read(tmp_path, "dev")
 
 
