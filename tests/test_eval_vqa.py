@@ -52,7 +52,7 @@ def test_ten_people_one_left_out(agree, worth):
 
 def test_where_the_two_differ():
     assert vqa_accuracy("Yes", ["yes"] * 10) == 0  # all agree: compared as written
-    assert vqa_accuracy(" yes\n", ["yes"] * 10) == 1
+    assert vqa_accuracy(" yes\tsir\n", ["yes sir"] * 10) == 1
     assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1
     assert textvqa_accuracy("Yes", ["yes"] * 10) == 1
     assert textvqa_accuracy("the dogs", ["Dogs,"] * 3 + [str(n) for n in range(20, 27)]) == pytest.approx(0.9)
