@@ -55,6 +55,7 @@ def test_where_the_two_differ():
     assert vqa_accuracy(" yes\tsir\n", ["yes sir"] * 10) == 1
     assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1
     assert textvqa_accuracy("Yes", ["yes"] * 10) == 1
+    assert textvqa_accuracy("what?now", ["whatnow"] * 10) == textvqa_accuracy("whatnow", ["what?now"] * 10) == 1
     assert textvqa_accuracy("the dogs", ["Dogs,"] * 3 + [str(n) for n in range(20, 27)]) == pytest.approx(0.9)
 
 
