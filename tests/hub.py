@@ -7,9 +7,18 @@ from PIL import Image
 
 
 def picture(shade: int) -> bytes:
+    return png((shade, 0, 0))
+
+
+def png(colour) -> bytes:
     held = io.BytesIO()
-    Image.new("RGB", (4, 4), (shade, 0, 0)).save(held, "PNG")
+    Image.new("RGB", (4, 4), colour).save(held, "PNG")
     return held.getvalue()
+
+
+def stand_in(monkeypatch, folder, rows: list[dict], repository: str, config: str | None, split: str) -> None:
+    """One part of one data set."""
+    local_hub(monkeypatch, folder, {(repository, config, split): rows})
 
 
 def local_hub(monkeypatch, folder, held: dict[tuple[str, str | None, str], list[dict]]) -> None:
@@ -33,6 +42,8 @@ def local_hub(monkeypatch, folder, held: dict[tuple[str, str | None, str], list[
 
 def _stored(row: dict) -> dict:
     def wrap(image):
-        return [wrap(one) for one in image] if isinstance(image, list) else dict(bytes=image, path=None)
+        if isinstance(image, list):
+            return [wrap(one) for one in image]
+        return None if image is None else dict(bytes=image, path=None)
 
     return row | {"image": wrap(row["image"])} if "image" in row else row

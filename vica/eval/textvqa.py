@@ -28,7 +28,7 @@ def read(folder: Path, split: str) -> list[Question]:
 
 def _question(folder: Path, line: dict, annotated: dict[tuple[str, str], dict]) -> Question:
     # In this file question_id names the picture: the words of the question tell which one of its questions is meant.
-    asked = next(part for part in line["text"].split("\n") if not part.startswith(OCR))
+    asked = next((part for part in line["text"].split("\n") if not part.startswith(OCR)), "")
     one = annotated.get((line["question_id"], asked.lower()))
     if one is None:
         raise ViCAError(f"{folder / ANNOTATIONS} has no question {asked!r} for picture {line['question_id']}")
