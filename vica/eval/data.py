@@ -1,6 +1,7 @@
 """Where benchmarks lie: files in LLaVA's folders, or datasets of the hub, which are fetched once and kept."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from hashlib import sha1
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .task import StoredImage
+
+MOVED = re.compile("^lmms-lab/")  # in 2026, to lmms-lab-encoder; who has fetched it before has it under the old name
 
 
 def need(path: Path, get: str) -> Path:
@@ -42,11 +45,17 @@ def hub_rows(repository: str, split: str, config: str | None = None, image: str 
         import datasets
     except ImportError as error:
         raise ViCAError("reading the hub's datasets needs more packages: pip install 'vica[eval]'") from error
-    try:
-        rows = datasets.load_dataset(repository, config, split=split)
-    except Exception as error:  # of many kinds, its own and the network's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ViCAError(f"the hub's {repository} cannot be read: {reason}") from error
+    failures = []
+    for name in (repository, MOVED.sub("lmms-lab-encoder/", repository)):
+        try:
+            rows = datasets.load_dataset(name, config, split=split)
+            break
+        except Exception as error:  # of many kinds, its own and the network's
+            failures.append((str(error).strip() or type(error).__name__).splitlines()[0])
+    else:
+        raise ViCAError(
+            f"the hub's {repository} cannot be read: {failures[0]}; nor under its newer name: {failures[1]}"
+        )
     if image not in rows.column_names:
         return rows
     stored = datasets.Image(decode=False)
