@@ -62,6 +62,14 @@ def test_mmbench_pictures_stay_in_the_table(english):
     assert all(len(pickle.dumps(one.image)) < 1000 for one in english)
 
 
+def test_mmbench_questions_about_one_picture(tmp_path):
+    """Two rows with the same bytes, neither of which points to the other, are answered from one encoding."""
+    rows = mmbench_rows()
+    rows[1]["image"] = rows[0]["image"]
+    write_table(tmp_path / "mmbench_dev_20230712.tsv", rows)
+    assert len({one.image_key for one in mmbench.ENGLISH.read(tmp_path, "dev")}) == 1
+
+
 def test_mmbench_cn(tmp_path):
     rows = mmbench_rows()
     rows[0] |= {"question": "这是什么？", "A": "猫", "B": "None", "C": "狗"}
