@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from ..engine import Engine, Request, Result
@@ -38,7 +37,9 @@ WORKERS = min(8, os.cpu_count() or 1)  # threads that make documents into reques
 CANDIDATES = 16  # rows of one pass over possible answers, where the batch is left to us
 
 
-def manifest() -> ModelManifest:
+def manifest():
+    from lmms_eval.models.registry_v2 import ModelManifest  # that package asks for this module while it is imported
+
     return ModelManifest("vica", simple_class_path=f"{__name__}.{ViCA.__name__}")
 
 
