@@ -200,9 +200,12 @@ def test_an_answer_is_scored_where_the_template_puts_it(conversation):
 
 
 def test_a_question_longer_than_the_model_is_an_error():
-    model, processor = seeing_model(text_config=dict(max_position_embeddings=64))
-    with pytest.raises(ViCAError, match=r"takes \d+ positions with its answer, the model has 64"):
-        log_likelihoods(model, processor, [Candidate("<image>\nWhat? " * 5, "Yes", [picture()] * 5)])
+    model, processor = seeing_model(text_config=dict(max_position_embeddings=90))
+    fits, longer = Candidate("What?", "Yes"), Candidate("<image>\nWhat?", "Yes", [picture()])
+    assert len(row_of(processor, longer)[0]) < 90  # without its picture's other tokens
+    log_likelihoods(model, processor, [fits])
+    with pytest.raises(ViCAError, match=r"takes \d+ positions with its answer, the model has 90"):
+        log_likelihoods(model, processor, [fits, longer])
 
 
 # --- the class ---
@@ -400,6 +403,7 @@ def test_likelihoods_are_of_the_sign_that_each_kind_of_task_wants(world, adapter
     want = [values[0] for values in likelihoods(world)]
     lm.generate_until(instances(dict(max_new_tokens=2)))  # with an engine on the same weights before and after
     chosen = [x.text for x in lm.loglikelihood(instances(" Yes", "loglikelihood"))]
+    assert lm._engine is None  # it holds nearly all of a card's memory
     assert [x for x, _ in chosen] == pytest.approx([-x for x in want], abs=1e-4)
     scored = [x.text for x in lm.loglikelihood(instances(lambda x: lambda document: "Yes", "loglikelihood"))]
     assert [x for x, _ in scored] == pytest.approx(want, abs=1e-4)

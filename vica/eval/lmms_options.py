@@ -34,7 +34,7 @@ def parse_layers(value) -> list[int] | None:
         return value if value is None else list(value)
     text = str(value).strip()
     layers = re.split(r"[\s,;]+", text.strip("[] \t"))
-    if isinstance(value, bool) or not all(x.isdecimal() for x in layers) and text != "[]":
+    if not all(x.isdecimal() for x in layers) and text != "[]":
         raise ViCAError(f"t2v_layers is {shorten(value)}; give layer numbers as [0,1,7], [0;1;7] or '0 1 7'")
     return [int(x) for x in layers if x]
 
