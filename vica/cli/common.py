@@ -61,16 +61,7 @@ def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGenera
     model, processor = load(args.model, device=args.device, dtype=args.dtype, **wiring(args))
     if processor is None:
         raise ViCAError(f"{args.model} holds no tokenizer, so it cannot be asked anything")
-    changes = dict(conversation=args.template, image_mode=args.image_mode)
-    if any(changes.values()):
-        processor = ViCAProcessor(
-            processor.image_processor,
-            processor.tokenizer,
-            conversation=args.template or processor.conversation,
-            image_mode=args.image_mode or processor.image_mode,
-            image_token_index=processor.image_token_index,
-        )
-    return model, processor
+    return model, processor.changed(args.template, args.image_mode)
 
 
 def generation_options(args: argparse.Namespace) -> dict:

@@ -65,6 +65,18 @@ class ViCAProcessor(ProcessorMixin):
         """For checkpoints that come without a processor: what the model's config implies."""
         return cls(tokenizer=tokenizer, **_settings_of(config))
 
+    def changed(self, conversation: str | None = None, image_mode: str | None = None) -> "ViCAProcessor":
+        """Itself, or another with the settings that are given."""
+        if conversation is None and image_mode is None:
+            return self
+        return ViCAProcessor(
+            self.image_processor,
+            self.tokenizer,
+            conversation or self.conversation,
+            image_mode or self.image_mode,
+            self.image_token_index,
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "ViCAProcessor":
         """A saved processor, or, where none was saved, the one that the model's config implies. The constructor's
