@@ -21,3 +21,10 @@ setup_venv() {
         --editable ".${extra:+[$extra]}"
     echo "$wanted" > "$stamp"
 }
+
+find_python() { # PYTHON: the caller's own, else .venv's, else python3
+    if [ -z "${PYTHON:-}" ]; then
+        if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+    fi
+    export PYTHON
+}

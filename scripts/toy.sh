@@ -12,10 +12,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CONFIG=configs/toy.json ENGINE=none GLOBAL_BATCH=128 BATCH=128 GPUS=1 OMP_NUM_THREADS=1
 FOLDER="${FOLDER:-playground/toy}" RUNS="${RUNS:-vica dense random blind}" SEEDS="${SEEDS:-0 1 2}" JOBS="${JOBS:-4}"
-if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
-fi
-export PYTHON
+source scripts/setup.sh
+find_python
 
 [ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-60000}"
 [ -d "$FOLDER/base/tower" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"

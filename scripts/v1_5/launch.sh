@@ -17,9 +17,8 @@ if [ ! -f "$CONFIG" ]; then
     echo "MODEL is '$MODEL': there is no $CONFIG; known: $(cd configs && echo vica-llava-1.5-*.json)" >&2
     exit 1
 fi
-if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
-fi
+source scripts/setup.sh
+find_python
 
 launch() {
     local found nodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" flags=() starter=()

@@ -10,9 +10,9 @@
 # Flags are those of `vica eval`, such as --limit 100, --variant dense, --hub, --out FOLDER.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
-fi
+source scripts/setup.sh
+if [ -z "${PYTHON:-}" ] && ! python3 -c 'import torch, transformers' 2> /dev/null; then setup_venv; fi
+find_python
 
 evaluate() {
     local found processes data="${DATA:-}" starter=("$PYTHON")
