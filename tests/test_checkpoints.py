@@ -115,6 +115,17 @@ def test_llava_layout(tmp_path, original, weights, form, tower):
     assert torch.equal(logits(model), logits(original))
 
 
+def test_a_tower_in_a_cache_of_the_callers(tmp_path, weights):
+    place = tmp_path / "cache" / "models--someone--tower"
+    write_tower(place / "snapshots" / "1", weights)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("1")
+    model, _ = load(
+        write_llava(tmp_path / "m", weights, tower="someone/tower"), t2v_layers=LAYERS, cache_dir=tmp_path / "cache"
+    )
+    assert same(model.state_dict(), weights)
+
+
 @pytest.mark.parametrize("keys", ["as transformers saves", "old", "in memory"])
 def test_hf_layout(tmp_path, keys):
     theirs = LlavaForConditionalGeneration(LlavaConfig(**HF_CONFIG)).eval()

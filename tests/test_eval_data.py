@@ -1,4 +1,4 @@
-"""Where benchmarks come from: the hub under its old and its newer name, stored images, files that are not what they seem."""
+"""Where benchmarks come from: the hub under its old and its newer name, stored images, files that are no JSON."""
 
 import pytest
 

@@ -39,9 +39,11 @@ def load(
     `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
     device, dtype = check_device(device), check_dtype(dtype)
-    folder = checkpoint.find_folder(path_or_repo, **checkpoint.pop_hub_arguments(kwargs))
+    hub = checkpoint.pop_hub_arguments(kwargs)
+    folder = checkpoint.find_folder(path_or_repo, **hub)
     model = ViCAForConditionalGeneration.from_pretrained(
         folder,
+        cache_dir=hub.get("cache_dir"),  # a tower of the hub's may lie there too
         variant=variant,
         t2v_layers=t2v_layers,
         freeze_prefix=freeze_prefix,

@@ -238,9 +238,11 @@ def check_weights(model_class, config: ViCAConfig, weights: dict[str, torch.Tens
         raise ViCAError(f"the weights of {source} do not fit its config; {'; '.join(problems)}")
 
 
-def read_checkpoint(model_class, folder: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
+def read_checkpoint(
+    model_class, folder: Path, config: ViCAConfig, cache_dir: str | os.PathLike | None = None
+) -> dict[str, torch.Tensor]:
     """A checked state dict for `config`."""
-    weights = read_with_tower(folder, config)
+    weights = read_with_tower(folder, config, cache_dir)
     check_weights(model_class, config, weights, folder)
     return weights
 

@@ -57,13 +57,16 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             )
         if kwargs.pop("subfolder", None):
             raise ViCAError("subfolder is not supported; give the folder itself")
-        folder = checkpoint.find_folder(path_or_repo, **checkpoint.pop_hub_arguments(kwargs))
-        settings = dict(variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe)
+        hub = checkpoint.pop_hub_arguments(kwargs)
+        folder, cache_dir = checkpoint.find_folder(path_or_repo, **hub), hub.get("cache_dir")
+        settings = dict(
+            variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe, cache_dir=cache_dir
+        )
         if config is None:
             config = checkpoint.read_config(folder, **settings)
         else:
             config = checkpoint.apply_settings(copy.deepcopy(config), **settings)
-        weights = checkpoint.read_checkpoint(cls, folder, config)
+        weights = checkpoint.read_checkpoint(cls, folder, config, cache_dir)
         model, info = super().from_pretrained(
             None, *args, config=config, state_dict=weights, output_loading_info=True, **kwargs
         )
