@@ -321,3 +321,13 @@ def test_convert(model, picture, tmp_path, capsys):
     assert len(set(outs)) == 1
     assert main(["convert", model, str(tmp_path / "hf"), "--to", "vica"]) == 1
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_convert_into_small_files(model, tmp_path, capsys):
+    assert main(["convert", model, str(tmp_path / "out"), "--to", "vica", "--max-shard-size", "8MB"]) == 0
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) > 2 and max(sizes) < 8.1e6
+    states = [vica.load(path)[0].state_dict() for path in (model, tmp_path / "out")]
+    assert all(torch.equal(states[0][name], weight) for name, weight in states[1].items())
+    assert main(["convert", model, str(tmp_path / "other"), "--to", "vica", "--max-shard-size", "8"]) == 1
+    assert "the largest size of a file is '8'" in capsys.readouterr().err

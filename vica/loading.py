@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -108,11 +109,13 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     return processor
 
 
-def convert(source, target, to: str, base=None, **settings) -> Path:
+def convert(source, target, to: str, base=None, shard_size: str = checkpoint.SHARD_SIZE, **settings) -> Path:
     """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it. Adapters are merged
     into their base: `base`, or the one that they name."""
     if to not in LAYOUTS:
         raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(LAYOUTS)}")
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", shard_size):
+        raise ViCAError(f"the largest size of a file is {shard_size!r}; give a number with KB, MB or GB")
     folder = checkpoint.find_folder(source)
     config = checkpoint.read_config(folder, **settings)
     config.architectures = [ViCAForConditionalGeneration.__name__]
@@ -126,7 +129,7 @@ def convert(source, target, to: str, base=None, **settings) -> Path:
     if to == "hf" and processor is not None and config.vision_config is not None:
         processor = hf_processor(processor, config)
         image_token = processor.image_token_id
-    return rewrite(read, origin, target, to, config, processor, image_token)
+    return rewrite(read, origin, target, to, config, processor, image_token, shard_size)
 
 
 def holds_tokenizer(folder: Path) -> bool:

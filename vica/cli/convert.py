@@ -1,6 +1,7 @@
 """Rewrite a checkpoint in LLaVA's, transformers' (hf) or our own layout, bit for bit. Adapters are merged."""
 
 from ..loading import LAYOUTS, convert
+from ..model.checkpoint import SHARD_SIZE
 from . import common
 
 
@@ -9,8 +10,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("target", metavar="DST", help="folder to write; must not hold anything yet")
     parser.add_argument("--to", required=True, choices=LAYOUTS)
     parser.add_argument("--base", metavar="M", help="what SRC's adapters are merged into (default: the one they name)")
+    parser.add_argument(
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help=f"of a file of weights (default: {SHARD_SIZE})"
+    )
     common.add_wiring(parser)
 
 
 def run(args) -> None:
-    print(f"wrote {convert(args.source, args.target, args.to, args.base, **common.wiring(args))}")
+    folder = convert(args.source, args.target, args.to, args.base, args.max_shard_size, **common.wiring(args))
+    print(f"wrote {folder}")

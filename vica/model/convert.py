@@ -25,6 +25,7 @@ def convert(
     config: ViCAConfig,
     processor=None,
     image_token: int | None = None,
+    shard_size: str = checkpoint.SHARD_SIZE,
 ) -> Path:
     """Writes a whole model's weights, as `read` gives them, in another layout, bit for bit. The target appears whole or
     not at all. `source` holds what else belongs to a checkpoint.
@@ -39,15 +40,15 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as work:
         partial = Path(work) / "checkpoint"
         partial.mkdir()
-        write_all(partial, source, config, weights, to, processor, image_token)
+        write_all(partial, source, config, weights, to, processor, image_token, shard_size)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
     return target
 
 
-def write_all(partial: Path, source: Path, config: ViCAConfig, weights: dict, to: str, processor, image_token) -> None:
-    write_layout(partial, config, weights, to, image_token)
+def write_all(partial: Path, source: Path, config, weights: dict, to: str, processor, image_token, shard_size) -> None:
+    write_layout(partial, config, weights, to, image_token, shard_size)
     if processor is not None:
         processor.save_pretrained(partial)
         vocabulary = source / "tokenizer.model"  # LLaVA's loader reads nothing else, and LlavaProcessor leaves it out
@@ -58,7 +59,12 @@ def write_all(partial: Path, source: Path, config: ViCAConfig, weights: dict, to
 
 
 def write_layout(
-    folder: Path, config: ViCAConfig, weights: dict[str, torch.Tensor], to: str, image_token: int | None
+    folder: Path,
+    config: ViCAConfig,
+    weights: dict[str, torch.Tensor],
+    to: str,
+    image_token: int | None,
+    shard_size: str,
 ) -> None:
     if config.tie_word_embeddings:
         weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
@@ -71,7 +77,7 @@ def write_layout(
     else:
         settings = config.to_diff_dict()
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_torch_state_dict(weights, folder, max_shard_size=checkpoint.SHARD_SIZE)
+    save_torch_state_dict(weights, folder, max_shard_size=shard_size)
 
 
 def to_hf(config: ViCAConfig, weights: dict[str, torch.Tensor], image_token: int | None):
