@@ -36,7 +36,7 @@ train() { # name seed: both stages and the test; what is there already is gone o
     T2V_LAYERS="$(layers "$1" "$2")"
     export T2V_LAYERS
     common=(--variant "$variant" --seed "$2" --model_name_or_path "$FOLDER/base/llm" --vision_tower "$FOLDER/base/tower"
-        --gradient_checkpointing False --group_by_modality_length False --logging_steps 10 --save_total_limit 1
+        --gradient_checkpointing False --group_by_modality_length False --logging_steps 10 --save_steps 250 --save_total_limit 1
         --disable_tqdm True)
     mkdir -p "$out"
     [ -f "$out/projector/mm_projector.bin" ] || DATA="$FOLDER/world/pretrain.json" IMAGES="$FOLDER/world/images" \

@@ -1,0 +1,55 @@
+"""scripts/v1_5/eval as its users run it, by one process and by several."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vica.toy.benchmarks import write
+from vica.toy.model import save
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ground")
+    save(root / "model")
+    write(root / "data", 8)
+    return root
+
+
+def run(name: str, ground: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    settings = dict(CKPT=str(ground / "model"), DATA=str(ground / "data"), PYTHON=sys.executable, OMP_NUM_THREADS="1")
+    return subprocess.run(
+        ["bash", f"scripts/v1_5/eval/{name}.sh", "--max-new-tokens", "3", *flags],
+        cwd=ROOT, env={**os.environ, **settings, **environment}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes(ground, tmp_path):
+    done = run("mmbench_cn", ground, "--out", str(tmp_path / "two"), GPUS="2", MASTER_PORT="29517")
+    assert done.returncode == 0, done.stderr
+    assert "circular accuracy" in done.stdout and done.stdout.count("MMBench_CN:") == 1
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert [row["task"] for row in summary["benchmarks"]] == ["mmbench_cn"]
+    assert (tmp_path / "two" / "mmbench_cn" / "mmbench_cn.xlsx").exists()
+
+
+@pytest.mark.slow
+def test_layers_from_the_environment(ground, tmp_path):
+    done = run("sqa", ground, "--out", str(tmp_path), "--variant", "mask", "--limit", "2", T2V_LAYERS="[1,2]")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["t2v_layers"] == [1, 2] and summary["variant"] == "mask"
+    assert summary["benchmarks"][0]["questions"] == 2
+
+
+def test_a_mistake_is_one_line(ground, tmp_path):
+    done = run("gqa", ground, "--out", str(tmp_path), DATA=str(tmp_path / "none"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "none/gqa" in done.stderr.strip().splitlines()[-1] and "is not there" in done.stderr
