@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import ViCAError
 from .choices import chosen
 from .data import hub_rows, need, stored_images
+from .llava import OPTION_LETTER
 from .tables import read_picture, read_table, write_spreadsheet
 from .task import Answers, Question, Score, StoredImage, Task, check_answers, listed, percent
 
@@ -24,7 +25,7 @@ TABLES = {
 }
 GET = "Get it: wget -P {folder} https://download.openmmlab.com/mmclassification/datasets/mmbench/{file}"
 INSTRUCTIONS = {
-    "mmbench": "\nAnswer with the option's letter from the given choices directly.",
+    "mmbench": OPTION_LETTER,
     "mmbench_cn": "\n请直接回答选项字母。",
 }
 LETTERS = "ABCD"

@@ -8,19 +8,16 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, read_json, stored_images
+from .llava import EVAL_ZIP, OPTION_LETTER
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
 
 REPOSITORY = "lmms-lab/ScienceQA"
 CONFIGS = {"image": "ScienceQA-IMG", "test": "ScienceQA-FULL"}
 QUESTIONS = "llava_test_CQM-A.json"
-GET_QUESTIONS = (
-    "It is in LLaVA's eval.zip (docs/Evaluation.md there has the link): unzip eval.zip -d playground/data/eval"
-)
 GET = (
     "Get it: wget -P {folder} https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/{file}"
     " (images: https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip)"
 )
-INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = ("A", "B", "C", "D", "E")
 PARTS: dict[str, Callable[[dict], bool]] = {  # as ScienceQA's authors report them
     "natural science": lambda gold: gold["subject"] == "natural science",
@@ -37,13 +34,13 @@ PARTS: dict[str, Callable[[dict], bool]] = {  # as ScienceQA's authors report th
 def read(folder: Path, split: str) -> list[Question]:
     listing = read_json(folder / "pid_splits.json", GET.format(folder=folder, file="pid_splits.json"))["test"]
     problems = read_json(folder / "problems.json", GET.format(folder=folder, file="problems.json"))
-    lines = read_json(folder / QUESTIONS, GET_QUESTIONS)
+    lines = read_json(folder / QUESTIONS, EVAL_ZIP)
     if strays := sorted(set(listing) ^ {line["id"] for line in lines}) or [id for id in listing if id not in problems]:
         raise ViCAError(f"the files in {folder} differ in their questions: {listed(strays)}")
     return [
         Question(
             line["id"],
-            line["conversations"][0]["value"].replace("<image>", "").strip() + INSTRUCTION,
+            line["conversations"][0]["value"].replace("<image>", "").strip() + OPTION_LETTER,
             folder / "images" / "test" / line["image"] if "image" in line else None,
             _gold(problems[line["id"]]),
         )
@@ -65,7 +62,7 @@ def _prompt(row: dict) -> str:
     context = [f"Context: {row['hint']}"] if row["hint"].strip() else []
     options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"])]
     text = "\n".join([*context, row["question"], *options])
-    return text.replace("  ", " ").strip() + INSTRUCTION  # so was LLaVA's file made
+    return text.replace("  ", " ").strip() + OPTION_LETTER  # so was LLaVA's file made
 
 
 def _gold(problem: dict) -> dict:

@@ -5,15 +5,13 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, read_json, read_lines, stored_image
+from .llava import EVAL_ZIP, SHORT_ANSWER
 from .task import Answers, Question, Score, Task, check_answers, percent
-from .vqa_text import SHORT_ANSWER, textvqa_accuracy
+from .vqa_text import textvqa_accuracy
 
 REPOSITORY = "lmms-lab/textvqa"
 QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
-GET_QUESTIONS = (
-    "It is in LLaVA's eval.zip (docs/Evaluation.md there has the link): unzip eval.zip -d playground/data/eval"
-)
 GET_ANNOTATIONS = f"Get it: wget -P {{folder}} https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"
 OCR = "Reference OCR token: "
 
@@ -23,7 +21,7 @@ def read(folder: Path, split: str) -> list[Question]:
     annotated = {
         (one["image_id"], one["question"].lower()): one for one in read_json(folder / ANNOTATIONS, get)["data"]
     }
-    return [_question(folder, line, annotated) for line in read_lines(folder / QUESTIONS, GET_QUESTIONS)]
+    return [_question(folder, line, annotated) for line in read_lines(folder / QUESTIONS, EVAL_ZIP)]
 
 
 def _question(folder: Path, line: dict, annotated: dict[tuple[str, str], dict]) -> Question:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 NUMBERS["none"] = "0"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, read_json, read_lines, stored_image
+from .llava import EVAL_ZIP, SHORT_ANSWER
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
-from .vqa_text import SHORT_ANSWER, evalai_answer, vqa_accuracy
+from .vqa_text import evalai_answer, vqa_accuracy
 
 REPOSITORY = "lmms-lab/VQAv2"
 HUB_SPLITS = {"val": "validation", "test-dev": "testdev"}
@@ -18,7 +19,6 @@ WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 HUB_FOLDER = Path("playground/data/eval/vqav2")  # where the hub's reader looks for that list, which the hub has not
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
-GET_LLAVA = "It is in LLaVA's eval.zip (docs/Evaluation.md there has the link): unzip eval.zip -d playground/data/eval"
 GET_VAL = (
     "Get it: wget https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/{archive} && unzip {archive} -d {folder}"
     " (images: http://images.cocodataset.org/zips/val2014.zip)"
@@ -50,16 +50,16 @@ def _read_val(folder: Path) -> list[Question]:
 
 
 def _read_test_dev(folder: Path) -> list[Question]:
-    need(folder / WHOLE_TEST, GET_LLAVA)  # now, not after hours of answers
+    need(folder / WHOLE_TEST, EVAL_ZIP)  # now, not after hours of answers
     return [
         Question(line["question_id"], line["text"], folder / "test2015" / line["image"], {"whole_test": str(folder)})
-        for line in read_lines(folder / TEST_DEV, GET_LLAVA)
+        for line in read_lines(folder / TEST_DEV, EVAL_ZIP)
     ]
 
 
 def read_hub(split: str) -> list[Question]:
     if split == "test-dev":
-        need(HUB_FOLDER / WHOLE_TEST, GET_LLAVA)
+        need(HUB_FOLDER / WHOLE_TEST, EVAL_ZIP)
     rows = hub_rows(REPOSITORY, HUB_SPLITS[split])
     return [
         Question(
@@ -104,7 +104,7 @@ def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Pat
     if not all("whole_test" in one.gold for one in questions):
         return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
     whole = Path(questions[0].gold["whole_test"]) / WHOLE_TEST
-    given = {line["question_id"]: "" for line in read_lines(whole, GET_LLAVA)}
+    given = {line["question_id"]: "" for line in read_lines(whole, EVAL_ZIP)}
     if strays := [one.id for one in questions if one.id not in given]:
         raise ViCAError(f"{whole} lacks questions that were answered: {listed(strays)}")
     return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})
