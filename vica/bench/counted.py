@@ -5,7 +5,8 @@ import argparse
 from ..model.config import ViCAConfig
 from ..model.flops import dense, prefill_flops, visual_flops
 from ..model.sizes import visual_tokens
-from .report import Report, table
+from ..table import table
+from .report import Report
 
 DEFAULTS = {"cuda": {}, "cpu": {}}
 WAYS = {

@@ -17,10 +17,11 @@ from ..eval.ranks import Ranks
 from ..eval.run import run_task
 from ..eval.task import Question, Score, Task
 from ..model.sizes import visual_tokens
+from ..table import table
 from .clock import progress, timed
 from .inputs import Prompts, Shape, write_pictures
 from .models import Models
-from .report import Report, ratio, table
+from .report import Report, ratio
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ..model.config import ViCAConfig
 from ..model.flops import prefill_flops
-from .report import COLUMNS, ratio, table
+from ..table import table
+from .report import COLUMNS, ratio
 
 PHASES = {
     "tower": "tower and projector, ms",

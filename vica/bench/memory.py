@@ -10,10 +10,11 @@ from ..engine import Engine, Request
 from ..engine.memory import FEATURES
 from ..model.config import ViCAConfig
 from ..model.sizes import kv_bytes, visual_tokens
+from ..table import table
 from .clock import Timing, failures_noted, progress
 from .inputs import Prompts, Shape
 from .models import Models
-from .report import COLUMNS, Report, own_failures, ratio, table
+from .report import COLUMNS, Report, own_failures, ratio
 
 DEFAULTS = {"cuda": dict(requests=36, answer=16), "cpu": dict(requests=18, answer=4)}
 MEASURED = {"transformers": "dense", "dense": "dense", "prefix": "accel"}  # columns, and what their formula is

@@ -13,11 +13,12 @@ import torch
 from ..engine import Request
 from ..errors import ViCAError
 from ..model.sizes import visual_tokens
+from ..table import table
 from .clock import Timing, failures_noted, progress, timed
 from .drive import answer_all
 from .inputs import Prompts, Shape, write_pictures
 from .models import Models
-from .report import COLUMNS, Report, own_failures, ratio, table
+from .report import COLUMNS, Report, own_failures, ratio
 
 POPE_QUESTIONS, POPE_IMAGES, POPE_PARTS = 8910, 500, 3  # each part asks some questions on every image
 DEFAULTS = {

@@ -13,10 +13,11 @@ import torch
 
 from ..model.flops import sample_flops
 from ..model.sizes import visual_tokens
+from ..table import table
 from ..train.stages import STAGES, Trained, freeze
 from .clock import Timing, failures_noted, product_rate, progress, timed
 from .models import Models
-from .report import Report, own_failures, ratio, table
+from .report import Report, own_failures, ratio
 
 DEFAULTS = {"cuda": dict(samples=128, batch=[32, 16], repeats=3), "cpu": dict(samples=8, batch=[4, 4], repeats=1)}
 COLUMNS = {

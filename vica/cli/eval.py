@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..bench.report import table
 from ..data.processor import ViCAProcessor
 from ..errors import ViCAError
+from ..table import table
 from . import common
 
 ROOT = Path("playground/data/eval")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from ..bench.report import table
 from ..engine import Engine, Request
 from ..errors import ViCAError
 from ..loading import load
+from ..table import table
 from .score import read_questions, score
 
 ANSWER = 12  # tokens at most

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..bench.report import table
 from ..data.images import load_image
 from ..errors import ViCAError
 from ..loading import load
 from ..model.flops import visual_flops
 from ..model.sizes import kv_bytes, visual_tokens
+from ..table import table
 from .model import save
 
 PICTURE = Path(__file__).parents[2] / "playground" / "toy" / "picture.png"
