@@ -119,6 +119,23 @@ def test_a_run_goes_on_where_it_was_stopped(world, tmp_path):
     assert again.asked == 0 and again.score == undisturbed.score
 
 
+def test_any_text_is_kept_and_may_be_cut_anywhere(world, tmp_path):
+    texts = ["图像", "a\u2028b\u2029c\x85d\r\n\x00", "half a pair \ud83d", "é" * 100_000, '"\\', ""]
+    answers = dict(zip((q.id for q in world), texts * 2))
+    answer = lambda qs, n: ((q, answers[q.id], None) for q in qs)  # noqa: E731
+    run(tmp_path / "whole", world, answer)
+    whole = (tmp_path / "whole" / FINAL).read_bytes()
+    assert {id: line["text"] for id, line in read_answers(tmp_path / "whole" / FINAL).items()} == answers
+    assert "图像".encode() in whole
+    first = whole[: whole.index(b"\n") + 1]
+    for cut in range(1, len(first) + 1):  # of the second process's part, which no process mends
+        out = tmp_path / str(cut)
+        out.mkdir()
+        (out / "part-0001.jsonl").write_bytes(first[:cut])
+        assert run(out, world, answer).asked == len(world) - (cut == len(first))
+        assert (out / FINAL).read_bytes() == whole
+
+
 def test_parts_of_more_processes_are_gone_on_from(world, tmp_path):
     for rank in range(3):
         for question in Ranks(rank, 3).share(world)[: rank + 1]:

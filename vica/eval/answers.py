@@ -43,7 +43,7 @@ class AnswerFiles:
 
     def append(self, line: dict) -> None:
         self.file = self.file or open(self.part, "a", encoding="utf-8")
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.write(as_json(line))
         self.file.flush()
 
     def mend(self) -> None:
@@ -55,8 +55,7 @@ class AnswerFiles:
     def finish(self, questions: Sequence[Question], lines: dict[Hashable, dict]) -> None:
         if missing := [question.id for question in questions if question.id not in lines]:
             raise ViCAError(f"{len(missing)} of {len(questions)} questions have no answer: {listed(missing)}")
-        text = "".join(json.dumps(lines[question.id], ensure_ascii=False) + "\n" for question in questions)
-        write_whole(self.folder / FINAL, text)
+        write_whole(self.folder / FINAL, "".join(as_json(lines[question.id]) for question in questions))
 
     def drop_parts(self) -> None:
         if self.file is not None:
@@ -68,9 +67,19 @@ class AnswerFiles:
         return sorted(self.folder.glob(PARTS))
 
 
+def as_json(value, indent: int | None = None) -> str:
+    """Letters as they are read, but for half a surrogate pair, for which UTF-8 has no form."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent) + "\n"
+    return text
+
+
 def read_records(path: Path) -> list[dict]:
-    """All whole lines; the last may have been cut short."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    """All whole lines; the last may have been cut short, in the middle of a letter too."""
+    lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..errors import ViCAError
 from .answering import Answerer
-from .answers import FINAL, AnswerFiles, read_answers, record, write_whole
+from .answers import FINAL, AnswerFiles, as_json, read_answers, record, write_whole
 from .ranks import Ranks
 from .task import Question, Score, Task, check_answers
 
@@ -75,7 +75,7 @@ def run_task(
         files.finish(questions, lines)
         asked, seconds = sum(count for _, count, _ in gathered), max(seconds for *_, seconds in gathered)
         outcome = judge(task, questions, folder, asked, seconds, allow_errors)
-        write_whole(folder / RESULT, json.dumps(outcome.as_json(), indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / RESULT, as_json(outcome.as_json(), indent=1))
     ranks.wait()
     files.drop_parts()
     return outcome
