@@ -29,6 +29,9 @@ def test_files_that_are_no_json_are_named(tmp_path):
     path.write_text('{"a": 1}\n\nnot this\n')
     with pytest.raises(ViCAError, match="lines.jsonl, line 3 is no JSON"):
         list(read_lines(path, "get it"))
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')  # no UTF-8 either
+    with pytest.raises(ViCAError, match="lines.jsonl, line 2 is no JSON"):
+        list(read_lines(path, "get it"))
     with pytest.raises(ViCAError, match="lines.jsonl is no JSON"):
         read_json(path, "get it")
     with pytest.raises(ViCAError, match="none.json is not there. get it"):

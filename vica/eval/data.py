@@ -29,7 +29,7 @@ def read_json(path: Path, get: str):
 
 def read_lines(path: Path, get: str) -> Iterator[dict]:
     """The records of a file of JSON lines."""
-    with open(need(path, get), encoding="utf-8") as file:
+    with open(need(path, get), "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
