@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -140,18 +141,72 @@ def test_parts_of_more_processes_are_gone_on_from(world, tmp_path):
     for rank in range(3):
         for question in Ranks(rank, 3).share(world)[: rank + 1]:
             AnswerFiles(tmp_path, rank).append({"question_id": question.id, "prompt": "", "text": told(question)})
-    AnswerFiles(tmp_path).claim({"model": "m", "questions": ""}, restart=False)
-    (tmp_path / "run.json").unlink()
     assert run(tmp_path, world).asked == len(world) - 6
 
 
 def test_other_settings_do_not_mix(world, tmp_path):
     run(tmp_path, world)
-    with pytest.raises(ViCAError, match="model 'm', now 'other'. --restart drops them"):
+    with pytest.raises(ViCAError, match="model 'm', now 'other'. --restart drops them, --out FOLDER keeps them"):
         run(tmp_path, world, settings={"model": "other"})
     with pytest.raises(ViCAError, match="holds answers of another run: questions"):
         run(tmp_path, world[:-1])
+    with pytest.raises(ViCAError, match="holds answers of another run: model 'm', now None. --restart"):
+        run(tmp_path, world, settings={"other": None})
     assert run(tmp_path, world, settings={"model": "other"}, restart=True).asked == len(world)
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(ViCAError, match="run.json does not say what the answers beside it are of. --restart"):
+        run(tmp_path, world)
+
+
+def test_a_restart_killed_midway_does_not_mix(world, tmp_path, monkeypatch):
+    """Whatever is left of the old answers is still known to be of the old settings."""
+    unlink, held = Path.unlink, 0
+    for files in range(4):
+        out = tmp_path / str(files)
+        run(out, world)
+        (out / "part-0000.jsonl").write_bytes((out / FINAL).read_bytes())
+        left = [files]
+
+        def dying(path, missing_ok=False):
+            if not left[0]:  # noqa: B023
+                raise KeyboardInterrupt
+            left[0] -= 1  # noqa: B023
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", dying)
+            run(out, world, settings={"model": "other"}, restart=True)
+        assert files < 3 or not (out / "result.json").exists()  # which would tell the old score
+        if (out / FINAL).exists() or list(out.glob("part-*")):
+            held += 1
+            with pytest.raises(ViCAError, match="another run"):
+                run(out, world, settings={"model": "other"})
+        assert run(out, world, settings={"model": "other"}, restart=True).asked == len(world)
+    assert held >= 2
+
+
+class TwoMachines(Ranks):
+    """Two processes that take turns: each has its own folder, and none sees the other's files."""
+
+    def wait(self) -> None:
+        pass
+
+    def gather(self, value):
+        return None
+
+
+def test_machines_without_common_files_keep_settings_apart(world, tmp_path):
+    def second(answer, model, **options):
+        run_task(TASK, world, answer, tmp_path, {"model": model}, TwoMachines(1, 2), **options)
+
+    with pytest.raises(RuntimeError, match="power"):
+        second(dies_after(2), "m")
+    assert len(list(tmp_path.glob("part-*"))) == 1
+    with pytest.raises(ViCAError, match="model 'm', now 'other'"):
+        second(instant, "other")
+    with pytest.raises(RuntimeError, match="power"):
+        second(dies_after(0), "m", restart=True)
+    assert not list(tmp_path.glob("part-*"))
 
 
 def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):

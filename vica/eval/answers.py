@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ViCAError
 from .task import Question, listed
 
-FINAL, SETTINGS, PARTS = "answers.jsonl", "run.json", "part-*.jsonl"
+FINAL, SETTINGS, PARTS, RESULT = "answers.jsonl", "run.json", "part-*.jsonl", "result.json"
 
 
 def record(question: Question, text: str | None, error: str | None = None) -> dict:
@@ -22,17 +22,26 @@ class AnswerFiles:
     def __init__(self, folder: Path, rank: int = 0):
         self.folder, self.part, self.file = folder, folder / PARTS.replace("*", f"{rank:04}"), None
 
-    def claim(self, settings: dict, restart: bool = False) -> None:
+    def restart(self) -> None:
+        """Drops all that is there, its settings last: killed in between, what is left is still known for what it is."""
+        for name in (*self._parts(), FINAL, RESULT, SETTINGS):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def claim(self, settings: dict) -> None:
         """Answers of other settings are not gone on from."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
-        if restart:
-            for old in (path, self.folder / FINAL, *self._parts()):
-                old.unlink(missing_ok=True)
-        if path.exists() and (held := json.loads(path.read_text())) != settings:
-            differs = [f"{k} {held.get(k)!r}, now {settings.get(k)!r}" for k in settings if held.get(k) != settings[k]]
-            raise ViCAError(f"{self.folder} holds answers of another run: {'; '.join(differs)}. --restart drops them")
-        write_whole(path, json.dumps(settings) + "\n")
+        if not path.exists():
+            return write_whole(path, json.dumps(settings) + "\n")
+        try:
+            held = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ViCAError(f"{path} does not say what the answers beside it are of. --restart drops them") from error
+        if differs := [key for key in {**settings, **held} if held.get(key) != settings.get(key)]:
+            told = "; ".join(f"{key} {held.get(key)!r}, now {settings.get(key)!r}" for key in differs)
+            raise ViCAError(
+                f"{self.folder} holds answers of another run: {told}. --restart drops them, --out FOLDER keeps them"
+            )
 
     def read(self) -> dict[Hashable, dict]:
         """What was answered so far, by id; a question that failed may be asked again."""

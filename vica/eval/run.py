@@ -12,11 +12,9 @@ from tqdm import tqdm
 
 from ..errors import ViCAError
 from .answering import Answerer
-from .answers import FINAL, AnswerFiles, as_json, read_answers, record, write_whole
+from .answers import FINAL, RESULT, AnswerFiles, as_json, read_answers, record, write_whole
 from .ranks import Ranks
 from .task import Question, Score, Task, check_answers
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,13 @@ def run_task(
 ) -> Outcome | None:
     """The first process's outcome; the others give it their answers and get None."""
     files = AnswerFiles(folder, ranks.rank)
-    if ranks.first:
-        files.claim(settings | {"questions": digest(questions), "max_new_tokens": task.max_new_tokens}, restart)
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = settings | {"questions": digest(questions), "max_new_tokens": task.max_new_tokens}
+    if restart:
+        files.restart()
+    for first in (True, False):  # then the others, whose folder is another where machines share no files
+        ranks.wait()
+        if first == ranks.first:
+            files.claim(settings)
     ranks.wait()
     mine, known = ranks.share(questions), files.read()
     files.mend()
