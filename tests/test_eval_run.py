@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,7 +16,7 @@ from vica.eval.answering import answerer, by_engine
 from vica.eval.answers import FINAL, AnswerFiles, read_answers
 from vica.eval.ranks import Ranks
 from vica.eval.report import cells, read_summary, save, summarise
-from vica.eval.run import read_questions, run_task
+from vica.eval.run import digest, read_questions, run_task
 from vica.eval.task import Question, Score, StoredImage, Task, check_answers
 from vica.model.config import ViCAConfig
 from vica.model.llava import ViCAForConditionalGeneration
@@ -290,6 +292,27 @@ def test_the_summary_compares(world, model, tmp_path):
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(ViCAError, match="no summary.json"):
         read_summary(tmp_path / "no.json")
+
+
+def test_a_run_goes_on_where_its_data_moved(world, tmp_path):
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path / "out", world, dies_after(5))
+    pictures = tmp_path / "elsewhere"
+    shutil.copytree(world[0].image.parent, pictures)
+    moved = [replace(q, image=q.image and pictures / q.image.name) for q in world]
+    assert run(tmp_path / "out", moved).asked == len(world) - 5
+    for wrong in (world[0].image, tmp_path / "another.png"):
+        others = [*moved[:1], replace(moved[1], image=wrong), *moved[2:]]
+        with pytest.raises(ViCAError, match=r"questions '12 \(\w+\)', now '12 \("):
+            run(tmp_path / "out", others)
+    assert digest([world[-1]]) != digest([replace(world[-1], image=world[0].image)]) != digest(world[:1])
+
+
+def test_questions_of_one_id_are_refused_before_they_are_asked(world):
+    task = replace(TASK, read=lambda folder, split: [*world, world[4]])
+    assert len(read_questions(task, Path(), None, 12)) == 12
+    with pytest.raises(ViCAError, match="1 questions share their id with another: 4"):
+        read_questions(task, Path(), None, None)
 
 
 def test_what_is_asked_for_must_exist():

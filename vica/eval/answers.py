@@ -3,6 +3,7 @@ parts. In the end they become one file, in the order of the questions, that does
 
 import json
 import os
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -100,8 +101,7 @@ def read_answers(path: Path) -> dict[Hashable, dict]:
     lines = read_records(path)
     found = {line["question_id"]: line for line in lines}
     if len(found) < len(lines):
-        ids = [line["question_id"] for line in lines]
-        twice = sorted({id for id in ids if ids.count(id) > 1}, key=str)
+        twice = [id for id, times in Counter(line["question_id"] for line in lines).items() if times > 1]
         raise ViCAError(f"{path} answers {len(twice)} questions more than once: {listed(twice)}")
     return found
 

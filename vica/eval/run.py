@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ..errors import ViCAError
 from .answering import Answerer
 from .answers import FINAL, RESULT, AnswerFiles, as_json, read_answers, record, write_whole
 from .ranks import Ranks
-from .task import Question, Score, Task, check_answers
+from .task import Question, Score, Task, check_answers, check_ids
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,15 @@ def judge(
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """Of what is asked, in order."""
-    told = json.dumps([[question.id, question.prompt, question.image_key] for question in questions])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """How many, and a hash of what is asked, in order, wherever the pictures' folder lies."""
+    folders = {question.image.parent for question in questions if isinstance(question.image, Path)}
+    common = os.path.commonpath(folders) if folders else ""
+
+    def name(question: Question) -> str | None:
+        return str(question.image.relative_to(common)) if isinstance(question.image, Path) else question.image_key
+
+    told = json.dumps([[question.id, question.prompt, name(question)] for question in questions])
+    return f"{len(questions)} ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
 
 
 def read_questions(task: Task, root: Path | None, split: str | None, limit: int | None) -> list[Question]:
@@ -123,4 +130,6 @@ def read_questions(task: Task, root: Path | None, split: str | None, limit: int 
     questions = task.read_hub(split) if root is None else task.read(root / task.folder, split)
     if not questions:
         raise ViCAError(f"{task.title} has no questions in {root / task.folder if root else 'the hub'}")
-    return questions[:limit]
+    questions = questions[:limit]
+    check_ids(questions)  # before a model is loaded and hours are spent on them
+    return questions

@@ -69,15 +69,18 @@ class Task:
 
 def check_answers(questions: Sequence[Question], answers: Answers) -> None:
     """One answer for each question and no other."""
+    check_ids(questions)
     asked = {question.id for question in questions}
-    if len(asked) < len(questions):
-        seen: set = set()
-        twice = [q.id for q in questions if q.id in seen or seen.add(q.id)]
-        raise ViCAError(f"{len(twice)} questions share their id with another: {listed(twice)}")
     if missing := [question.id for question in questions if question.id not in answers]:
         raise ViCAError(f"{len(missing)} of {len(questions)} questions have no answer: {listed(missing)}")
     if strays := [id for id in answers if id not in asked]:
         raise ViCAError(f"{len(strays)} answers belong to no question: {listed(strays)}")
+
+
+def check_ids(questions: Sequence[Question]) -> None:
+    seen: set = set()
+    if twice := [q.id for q in questions if q.id in seen or seen.add(q.id)]:
+        raise ViCAError(f"{len(twice)} questions share their id with another: {listed(twice)}")
 
 
 def listed(ids: Sequence, most: int = 10) -> str:
