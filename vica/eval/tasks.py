@@ -21,11 +21,9 @@ TASKS: dict[str, Task] = {
 
 
 def choose(names: list[str]) -> list[Task]:
-    if names == ["all"]:
-        return list(TASKS.values())
     for name in names:
-        if name not in TASKS:
+        if name not in (*TASKS, "all"):
             raise ViCAError(
                 f"there is no benchmark {name!r}; there are {', '.join(TASKS)}, and all of them together: all"
             )
-    return [TASKS[name] for name in dict.fromkeys(names)]
+    return list(TASKS.values()) if "all" in names else [TASKS[name] for name in dict.fromkeys(names)]
