@@ -29,7 +29,7 @@ def by_engine(engine: Engine, questions: Iterable[Question], tokens: int, **opti
         for question in questions:
             try:
                 yield Request.ask(question.prompt, sources(question), max_new_tokens=tokens, id=question, **options)
-            except OSError as error:  # of a stored image; files are opened by the engine's workers
+            except ViCAError as error:  # of a stored image; files are opened by the engine's workers
                 failed.append((question, None, str(error)))
 
     for request in engine.results(requests()):
@@ -42,7 +42,7 @@ def by_model(model, processor, questions: Iterable[Question], tokens: int) -> It
     for question in questions:
         try:
             inputs = processor.ask(question.prompt, [load_image(source) for source in sources(question)])
-        except (ViCAError, OSError) as error:
+        except ViCAError as error:
             yield question, None, str(error)
             continue
         with torch.inference_mode():
@@ -52,4 +52,10 @@ def by_model(model, processor, questions: Iterable[Question], tokens: int) -> It
 
 def sources(question: Question) -> list:
     image = question.image
-    return [] if image is None else [image.read() if isinstance(image, StoredImage) else image]
+    if not isinstance(image, StoredImage):
+        return [] if image is None else [image]
+    try:
+        return [image.read()]
+    except Exception as error:  # a dataset's file that is damaged raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ViCAError(f"image {image.key} cannot be read: {reason}") from error
