@@ -70,7 +70,7 @@ def run_task(
     start = time.perf_counter()
     lines = {question.id: known[question.id] for question in mine if question.id in known}
     asked = [question for question in mine if question.id not in known]
-    lines |= ask(task, asked, answer, files, ranks)
+    lines |= ask(task, asked, answer, files, ranks, len(lines))
     gathered = ranks.gather((lines, len(asked), time.perf_counter() - start))
     outcome = None
     if gathered is not None:
@@ -84,12 +84,13 @@ def run_task(
     return outcome
 
 
-def ask(task: Task, questions: list[Question], answer: Answerer, files: AnswerFiles, ranks: Ranks) -> dict:
-    """The answers' lines by id, each on disk as soon as it is there."""
+def ask(task: Task, questions: list[Question], answer: Answerer, files: AnswerFiles, ranks: Ranks, before: int) -> dict:
+    """The answers' lines by id, each on disk as soon as it is there. So many there were `before`."""
     lines = {}
     title = task.title + (f", process 1 of {ranks.world}" if ranks.world > 1 else "")
     shown = ranks.first and sys.stderr.isatty() and questions
-    with tqdm(total=len(questions), desc=title, unit=" questions", disable=not shown) as bar:
+    total = before + len(questions)
+    with tqdm(total=total, initial=before, desc=title, unit=" questions", disable=not shown) as bar:
         for question, text, error in answer(questions, task.max_new_tokens):
             lines[question.id] = record(question, text, error)
             files.append(lines[question.id])
