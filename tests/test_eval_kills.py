@@ -95,6 +95,19 @@ def fail_in_the_second() -> None:
         answering.by_engine = broken
 
 
+def test_a_refusal_is_one_line_a_process(ground, tmp_path):
+    (tmp_path / "out" / TASKS[0]).mkdir(parents=True)
+    (tmp_path / "out" / TASKS[0] / "run.json").write_text('{"model": "another"}')
+    run = start(command(ground, tmp_path / "out"), tmp_path / "out.log", 2, program=main)
+    for process in run.ranks:
+        process.join(60)
+    assert [process.exitcode for process in run.ranks] == [1, 1]
+    said = sorted((tmp_path / "out.log").read_text().splitlines(), key=len)
+    assert len(said) == 2 and all(line.startswith("vica eval: ") for line in said)
+    assert sum("holds answers of another run: model " in line for line in said) == 1
+    assert sum("process 2 of 2 stops, because another one has" in line for line in said) == 1
+
+
 def test_a_process_that_fails_ends_the_run(ground, tmp_path):
     """torchrun ends the others as soon as one has failed; here it is seen that it fails, with its reason."""
     log = tmp_path / "out.log"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ from vica.eval.ranks import Ranks
 from vica.eval.report import cells, read_summary, save, summarise
 from vica.eval.run import digest, read_questions, run_task
 from vica.eval.task import Question, Score, StoredImage, Task, check_answers
+from vica.eval.tasks import TASKS, choose
 from vica.model.config import ViCAConfig
 from vica.model.llava import ViCAForConditionalGeneration
 from vica.toy.model import build
@@ -224,7 +226,8 @@ def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):
         Question("c", "What?", StoredImage("c", unreadable), {"answer": "x"}),
     ]
     outcome = run(tmp_path / "out", [*bad, *world], engine_answers)
-    assert outcome.score is None and set(outcome.failed) == {"a", "b", "c"} and "disk is gone" in outcome.failed["c"]
+    assert outcome.score is None and set(outcome.failed) == {"a", "b", "c"}
+    assert outcome.failed["c"] == "image c cannot be read: the disk is gone"
     allowed = run(tmp_path / "out", [*bad, *world], engine_answers, allow_errors=True)
     assert allowed.asked == 3 and allowed.failed.keys() == outcome.failed.keys()  # those alone are asked again
     assert allowed.score.figures["right"] == 2  # answered with nothing
@@ -234,6 +237,54 @@ def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):
     broken.write_bytes(missing.read_bytes())
     assert set(run(tmp_path / "out", [*bad, *world], engine_answers).failed) == {"c"}
     assert read_answers(tmp_path / "out" / FINAL)["b"] == answered
+
+
+@pytest.mark.parametrize("variant", ("accel", "mask"))
+def test_a_dataset_that_breaks_is_the_error_of_its_questions(variant, model, tmp_path):
+    def damaged() -> bytes:
+        return [][0]
+
+    def silent() -> bytes:
+        raise RuntimeError
+
+    stored = (StoredImage("p", damaged), StoredImage("q", silent), StoredImage("r", lambda: None), None)
+    questions = [Question(n, "What?", image, {"answer": ""}) for n, image in enumerate(stored)]
+    held, processor = model[0].config.variant, model[1]
+    model[0].config.variant = variant
+    try:
+        outcome = run(tmp_path, questions, answerer(model[0], processor))
+    finally:
+        model[0].config.variant = held
+    assert list(outcome.failed) == [0, 1, 2] and outcome.questions == 4
+    assert outcome.failed[0] == "image p cannot be read: list index out of range"
+    assert outcome.failed[1] == "image q cannot be read: RuntimeError" and "NoneType" in outcome.failed[2]
+
+
+def test_the_bar_tells_what_was_done_before(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path, world, dies_after(5))
+    capsys.readouterr()
+    run(tmp_path, world)
+    shown = capsys.readouterr().err
+    assert "| 5/12 [" in shown and "| 12/12 [" in shown
+
+
+def test_all_goes_with_names():
+    assert choose(["pope", "all"]) == choose(["all"]) == list(TASKS.values())
+    assert [task.name for task in choose(["pope", "gqa", "pope"])] == ["pope", "gqa"]
+    with pytest.raises(ViCAError, match="no benchmark 'popes'; there are vqav2, .*, and all of them together: all"):
+        choose(["all", "popes"])
+
+
+def test_each_process_has_its_own_card(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    second = Ranks(9, 16, 1)
+    assert second.device(None) == second.device("cuda") == "cuda:1"
+    assert second.device("cpu") == "cpu" and second.device("cuda:3") == "cuda:3"
+    assert Ranks().device(None) is None and Ranks().device("cuda") == "cuda"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert second.device(None) is None and second.device("cuda") == "cuda"
 
 
 def test_a_failing_worker_is_the_runs_failure(world, tmp_path):

@@ -68,7 +68,7 @@ def run(args) -> None:
     root = None if args.hub else args.data or ROOT
     questions = {task.name: read_questions(task, root, args.split, args.limit) for task in tasks}
     with all_ranks() as ranks:
-        args.device = args.device or ranks.device
+        args.device = ranks.device(args.device)
         model, processor = common.load_for_answers(args)
         out = args.out or Path("playground/answers") / Path(args.model).name
         about = settings(args, model, processor)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..errors import ViCAError
 from .task import Question
 
 PATIENCE = timedelta(days=7)  # one process may be done long before another
@@ -25,10 +26,10 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    @property
-    def device(self) -> str | None:
-        """This process's own card; None leaves the choice to who loads the model."""
-        return f"cuda:{self.local}" if self.world > 1 and torch.cuda.is_available() else None
+    def device(self, wanted: str | None) -> str | None:
+        """This process's own card, where no other is `wanted`; None leaves the choice to who loads the model."""
+        own = self.world > 1 and torch.cuda.is_available() and wanted in (None, "cuda")
+        return f"cuda:{self.local}" if own else wanted
 
     def share(self, questions: Sequence[Question]) -> list[Question]:
         """This process's questions, those about one image one after another: it is encoded once."""
@@ -42,12 +43,24 @@ class Ranks:
         if self.world == 1:
             return [value]
         gathered = [None] * self.world if self.first else None
-        dist.gather_object(value, gathered)
+        with self._together():
+            dist.gather_object(value, gathered)
         return gathered
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
+
+    @contextmanager
+    def _together(self):
+        """Gloo's words for a process that has gone, a traceback of its own, would hide what that one had to say."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ViCAError(
+                f"process {self.rank + 1} of {self.world} stops, because another one has, and said why: {error}"
+            ) from error
 
 
 @contextmanager
