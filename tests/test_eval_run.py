@@ -340,6 +340,8 @@ def test_the_summary_compares(world, model, tmp_path):
     assert ("summary.png" in {path.name for path in save(second, tmp_path / "b")}) == drawn
     table = (tmp_path / "b" / "summary.md").read_text().splitlines()
     assert len(table) == 5 and table[2].startswith("| Small | accuracy | 16.67 | 66.7% |")
+    save(first, tmp_path / "b")  # of one benchmark, of which nothing is drawn
+    assert not (tmp_path / "b" / "summary.png").exists()
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(ViCAError, match="no summary.json"):
         read_summary(tmp_path / "no.json")

@@ -43,9 +43,9 @@ def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline
 
 def read_summary(path: Path) -> dict:
     try:
-        summary = json.loads(path.read_text())
-        if isinstance(summary["benchmarks"], list):
-            return summary
+        summary = json.loads(path.read_bytes())
+        {row["task"]: row["score"] for row in summary["benchmarks"]}  # what will be asked of it
+        return summary
     except (ValueError, KeyError, TypeError):
         pass
     raise ViCAError(f"{path} is no summary.json of vica eval")
@@ -85,6 +85,7 @@ def save(summary: dict, folder: Path) -> list[Path]:
     for kind, text in texts.items():
         write_whole(folder / f"summary.{kind}", text)
     paths = [folder / f"summary.{kind}" for kind in texts]
+    (folder / "summary.png").unlink(missing_ok=True)  # of an earlier run, of other benchmarks
     scored = [row for row in summary["benchmarks"] if row["score"] is not None]
     if len(scored) >= 3 and draw(summary, scored, folder / "summary.png"):
         paths.append(folder / "summary.png")
