@@ -1,5 +1,6 @@
 """Score a model on benchmarks: LLaVA-1.5's questions, each benchmark's own scorer."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def run(args) -> None:
     with all_ranks() as ranks:
         args.device = ranks.device(args.device)
         model, processor = common.load_for_answers(args)
-        out = args.out or Path("playground/answers") / Path(args.model).name
+        out = args.out or Path("playground/answers") / Path(os.path.abspath(args.model)).name
         about = settings(args, model, processor)
         answer, outcomes = answerer(model, processor, args.max_batch), []
         for task in tasks:
@@ -92,10 +93,13 @@ def run(args) -> None:
 
 
 def settings(args, model, processor: ViCAProcessor) -> dict:
-    """What answers depend on beside the questions."""
+    """What answers depend on beside the questions. Asked before there is an engine, which fuses weights."""
+    from ..engine.hashing import sample
+
     config = model.config
     return dict(
         model=args.model,
+        weights=sample(list(model.parameters())),  # a folder's may be trained on, or another model's
         variant=config.variant,
         t2v_layers=config.t2v_layers,
         freeze_prefix=config.freeze_prefix,

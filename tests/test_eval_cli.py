@@ -1,0 +1,88 @@
+"""`vica eval` as a user types it: exit codes, what it says, and whose answers it takes for the model's own."""
+
+import json
+
+import pytest
+
+from vica.cli.main import main
+from vica.toy.benchmarks import write
+from vica.toy.model import save
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("toy") / "model")
+
+
+def write_data(folder):
+    write(folder, 4)
+    return folder
+
+
+def evaluate(task, model, data, out, *flags) -> int:
+    told = ["--model", str(model), "--data", str(data), "--out", str(out), "--device", "cpu", "--max-new-tokens", "2"]
+    return main(["eval", task, *told, *map(str, flags)])
+
+
+def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
+    data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    picture = next((data / "pope" / "val2014").iterdir())
+    whole = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    assert evaluate("pope", model, data, out) == 1
+    said = capsys.readouterr()
+    assert "POPE" in said.out and f"{picture.name}': not an image" in said.out
+    assert said.err.startswith("vica eval: questions without an answer: pope ") and said.err.count("\n") == 1
+    assert evaluate("pope", model, data, out, "--allow-errors") == 0
+    (row,) = json.loads((out / "summary.json").read_text())["benchmarks"]
+    assert 0 < row["failed"] < row["questions"] and row["score"] is not None
+    assert evaluate("pope", model, data, out) == 1
+    picture.write_bytes(whole)
+    assert evaluate("pope", model, data, out) == 0
+
+
+def test_answers_of_other_weights_in_the_same_folder_are_not_taken(data, tmp_path, capsys):
+    """As of a checkpoint that was trained on, or made anew."""
+    model, out = save(tmp_path / "model"), tmp_path / "out"
+    assert evaluate("pope", model, data, out) == 0 == evaluate("pope", model, data, out)
+    save(model, seed=1)
+    capsys.readouterr()
+    assert evaluate("pope", model, data, out) == 1
+    assert "holds answers of another run: weights '" in capsys.readouterr().err
+    assert evaluate("pope", model, data, out, "--restart") == 0
+
+
+def test_another_limit_is_said_so(model, data, tmp_path, capsys):
+    assert evaluate("pope", model, data, tmp_path, "--limit", 2) == 0
+    assert evaluate("pope", model, data, tmp_path) == 1
+    assert "holds answers of another run: questions '2 (" in capsys.readouterr().err
+    assert evaluate("pope", model, data, tmp_path, "--limit", 2) == 0
+
+
+def test_a_baseline_that_is_none_is_found_at_once(data, tmp_path, capsys):
+    for text in ("[]", "{}", '{"benchmarks": [{}]}', '{"benchmarks": ["x"]}', '{"benchmarks": 3}', "\xff"):
+        (tmp_path / "summary.json").write_bytes(text.encode("latin-1"))
+        assert evaluate("pope", "no/model/at/all", data, tmp_path, "--baseline", tmp_path / "summary.json") == 1
+        assert capsys.readouterr().err.endswith("summary.json is no summary.json of vica eval\n")
+
+
+def test_a_baseline_of_other_benchmarks_compares_nothing(model, data, tmp_path):
+    assert evaluate("pope", model, data, tmp_path / "a") == 0
+    assert evaluate("mme", model, data, tmp_path / "b", "--baseline", tmp_path / "a" / "summary.json") == 0
+    (row,) = json.loads((tmp_path / "b" / "summary.json").read_text())["benchmarks"]
+    assert row["task"] == "mme" and row["percent_of_baseline"] is None
+
+
+def test_the_answers_folder_has_the_models_name(model, data, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "mine" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path / "mine")
+    flags = ["--data", str(data), "--device", "cpu", "--max-new-tokens", "2", "--limit", "1"]
+    assert main(["eval", "pope", "--model", ".", *flags]) == 0
+    assert (tmp_path / "mine/playground/answers/mine/pope/answers.jsonl").exists()
