@@ -24,9 +24,9 @@ def write_data(folder):
     return folder
 
 
-def evaluate(task, model, data, out, *flags) -> int:
+def evaluate(tasks, model, data, out, *flags) -> int:
     told = ["--model", str(model), "--data", str(data), "--out", str(out), "--device", "cpu", "--max-new-tokens", "2"]
-    return main(["eval", task, *told, *map(str, flags)])
+    return main(["eval", *tasks.split(), *told, *map(str, flags)])
 
 
 def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
@@ -55,6 +55,13 @@ def test_answers_of_other_weights_in_the_same_folder_are_not_taken(data, tmp_pat
     assert evaluate("pope", model, data, out) == 1
     assert "holds answers of another run: weights '" in capsys.readouterr().err
     assert evaluate("pope", model, data, out, "--restart") == 0
+
+
+def test_answers_of_another_run_are_found_before_the_benchmarks_ahead_of_them_are_asked(model, data, tmp_path):
+    assert evaluate("mme", model, data, tmp_path, "--limit", 2) == 0
+    assert evaluate("pope mme", model, data, tmp_path) == 1
+    assert not (tmp_path / "pope").exists()
+    assert evaluate("pope mme", model, data, tmp_path, "--restart") == 0
 
 
 def test_another_limit_is_said_so(model, data, tmp_path, capsys):

@@ -55,7 +55,7 @@ def run(args) -> None:
     from ..eval import report
     from ..eval.answering import answerer
     from ..eval.ranks import all_ranks
-    from ..eval.run import read_questions, run_task
+    from ..eval.run import check_folder, read_questions, run_task
     from ..eval.tasks import choose
 
     tasks = choose(args.task)
@@ -73,6 +73,8 @@ def run(args) -> None:
         model, processor = common.load_for_answers(args)
         out = args.out or Path("playground/answers") / Path(os.path.abspath(args.model)).name
         about = settings(args, model, processor)
+        for task in tasks if ranks.first and not args.restart else ():
+            check_folder(task, questions[task.name], out / task.name, about)
         answer, outcomes = answerer(model, processor, args.max_batch), []
         for task in tasks:
             outcome = run_task(

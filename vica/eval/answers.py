@@ -29,11 +29,16 @@ class AnswerFiles:
             (self.folder / name).unlink(missing_ok=True)
 
     def claim(self, settings: dict) -> None:
-        """Answers of other settings are not gone on from."""
+        self.check(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / SETTINGS).exists():
+            write_whole(self.folder / SETTINGS, json.dumps(settings) + "\n")
+
+    def check(self, settings: dict) -> None:
+        """Answers of other settings are not gone on from."""
         path = self.folder / SETTINGS
         if not path.exists():
-            return write_whole(path, json.dumps(settings) + "\n")
+            return
         try:
             held = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:

@@ -56,7 +56,7 @@ def run_task(
 ) -> Outcome | None:
     """The first process's outcome; the others give it their answers and get None."""
     files = AnswerFiles(folder, ranks.rank)
-    settings = settings | {"questions": digest(questions), "max_new_tokens": task.max_new_tokens}
+    settings = all_settings(task, questions, settings)
     if restart:
         files.restart()
     for first in (True, False):  # then the others, whose folder is another where machines share no files
@@ -82,6 +82,15 @@ def run_task(
     ranks.wait()
     files.drop_parts()
     return outcome
+
+
+def all_settings(task: Task, questions: Sequence[Question], settings: dict) -> dict:
+    return settings | {"questions": digest(questions), "max_new_tokens": task.max_new_tokens}
+
+
+def check_folder(task: Task, questions: Sequence[Question], folder: Path, settings: dict) -> None:
+    """Refuses at once what `run_task` would, when the benchmarks before it have been asked."""
+    AnswerFiles(folder).check(all_settings(task, questions, settings))
 
 
 def ask(task: Task, questions: list[Question], answer: Answerer, files: AnswerFiles, ranks: Ranks, before: int) -> dict:
