@@ -82,6 +82,16 @@ def test_every_kind_of_source(picture):
             np.testing.assert_array_equal(np.asarray(image), PIXELS)
 
 
+def test_a_long_path_is_told_by_its_end(tmp_path):
+    path = tmp_path / ("folder" * 30) / "broken.png"
+    path.parent.mkdir()
+    path.write_bytes(b"no picture")
+    for source in (path, str(path)):
+        assert "broken.png': not an image" in complaint(source) and "image '..." in complaint(source)
+    assert "broken.png': no such file" in complaint(path.parent / "none" / path.name)
+    assert "data:image/png;base64,AAAA" in complaint("data:image/png;base64," + "A" * 400)
+
+
 def test_download(picture, server):
     np.testing.assert_array_equal(np.asarray(load_image(f"{server}/{picture.name}")), PIXELS)
 

@@ -120,16 +120,18 @@ def _decode_data_url(url: str, name: str) -> bytes:
 
 
 def _describe(source) -> str:
-    """How messages name the source: what the user wrote where that is short, else its beginning or its type."""
-    if isinstance(source, (str, os.PathLike)):
-        text = repr(os.fspath(source))
-    elif isinstance(getattr(source, "name", None), str):
-        text = repr(source.name)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        text = f"of {len(source)} bytes"
-    else:
-        text = f"of type {type(source).__name__}"
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+    """How messages name the source: as the user wrote it, if long by a path's end or a URL's beginning; or its type."""
+    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
+    if isinstance(name, (str, os.PathLike)):
+        text = repr(os.fspath(name))
+        if len(text) <= _SHOWN_CHARACTERS:
+            return text
+        if text[1:9].lower().startswith(("http://", "https://", "data:")):
+            return text[: _SHOWN_CHARACTERS - 3] + "..."
+        return f"{text[0]}...{text[4 - _SHOWN_CHARACTERS :]}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"of {len(source)} bytes"
+    return f"of type {type(source).__name__}"
 
 
 def _one_line(error: Exception) -> str:
