@@ -45,10 +45,9 @@ def read_summary(path: Path) -> dict:
     try:
         summary = json.loads(path.read_bytes())
         {row["task"]: row["score"] for row in summary["benchmarks"]}  # what will be asked of it
-        return summary
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ViCAError(f"{path} is no summary.json of vica eval")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ViCAError(f"{path} is no summary.json of vica eval") from error
+    return summary
 
 
 def cells(summary: dict) -> list[tuple]:

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from ..errors import ViCAError
+from ..files import whole_folder
 from . import checkpoint, layouts
 from .config import ViCAConfig
 
@@ -31,19 +31,10 @@ def convert(
     not at all. `source` holds what else belongs to a checkpoint.
     `image_token`: the placeholder's id in the hf layout, where `processor` already has one."""
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ViCAError(f"{target} exists and is not empty; nothing is overwritten")
-    weights = read()
-    config.dtype = weights["model.embed_tokens.weight"].dtype
-
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as work:
-        partial = Path(work) / "checkpoint"
-        partial.mkdir()
+    with whole_folder(target) as partial:
+        weights = read()
+        config.dtype = weights["model.embed_tokens.weight"].dtype
         write_all(partial, source, config, weights, to, processor, image_token, shard_size)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
     return target
 
 

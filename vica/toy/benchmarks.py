@@ -13,10 +13,10 @@ benchmark reports. Where one or two of VQA's ten people disagree, `also` has the
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from ..errors import ViCAError
+from ..files import whole_folder
 from . import benchmark_choices, benchmark_mmbench, benchmark_words, benchmark_yesno
 
 FOLDER = Path("playground/toy/eval")
@@ -60,17 +60,9 @@ def write(folder: Path, pictures: int = 24, seed: int = 0) -> dict[str, list[dic
     folder = Path(folder)
     if pictures < 1:
         raise ViCAError(f"pictures is {pictures}; it must be 1 at least")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ViCAError(f"{folder} exists and is not empty; nothing is overwritten")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as work:
-        partial = Path(work) / "eval"
-        partial.mkdir()
+    with whole_folder(folder) as partial:
         truth = {name: write_one(partial, pictures, seed) for name, write_one in WRITERS.items()}
         (partial / "truth.json").write_text(json.dumps(truth, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
     return truth
 
 

@@ -13,7 +13,6 @@ import json
 import random
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from multiprocessing import Pool
@@ -22,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import ViCAError
+from ..files import whole_folder
 from .captions import INSTRUCTIONS, caption
 from .language import text_question
 from .questions import Question, ask
@@ -60,19 +60,12 @@ def write(folder: Path, train: int, test: int, seed: int = 0, progress: bool = F
     for name, count in (("train", train), ("test", test)):
         if count < 1:
             raise ViCAError(f"{name} is {count}; it must be 1 at least")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ViCAError(f"{folder} exists and is not empty; nothing is overwritten")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as work:
-        partial = Path(work) / "world"
+    with whole_folder(folder) as partial:
         for split, count in (("train", train), ("test", test)):
             _draw_all(partial / "images" / split, split, count, seed, progress)
         _write_list(partial / "pretrain.json", pretrain_samples(train, seed))
         _write_list(partial / "finetune.json", finetune_samples(train, seed))
         (partial / "test.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in test_questions(test, seed)))
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
     return folder
 
 

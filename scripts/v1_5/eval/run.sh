@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sourced by the scripts beside it: `evaluate BENCHMARK FLAGS` asks all of a benchmark's questions and scores the answers.
 #
-#   CKPT=...             checkpoint folder or hub repository (default: the toy model, asked about the toy world)
+#   CKPT=...             checkpoint folder or hub repository (default: playground/checkpoints/toy-vica, asked about the toy
+#                        world; that checkpoint is still to come: until then CKPT must be given)
 #   T2V_LAYERS="[0,1]"   other layers than the checkpoint's
 #   DATA=FOLDER          holds LLaVA's folders (default: playground/data/eval)
 #   GPUS=8               processes on this machine (default: its GPUs; none: one process on the CPU)
