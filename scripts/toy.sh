@@ -7,7 +7,7 @@
 #   RUNS     of: vica (configs/toy.json's layers), dense, random (as many layers, by chance), blind (no layers)
 #   SEEDS    of the training, world and base being the same                               (default: 0 1 2)
 #   JOBS     runs at the same time on each card: one alone leaves most of it idle         (default: 4)
-#   PICTURES, EPOCHS, FOLDER                                      (default: 60000, 8, playground/toy)
+#   PICTURES, EPOCHS, FOLDER                                      (default: 120000, 6, playground/toy)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CONFIG=configs/toy.json ENGINE=none GLOBAL_BATCH=128 BATCH=128 GPUS=1 OMP_NUM_THREADS=1
@@ -15,7 +15,7 @@ FOLDER="${FOLDER:-playground/toy}" RUNS="${RUNS:-vica dense random blind}" SEEDS
 source scripts/setup.sh
 find_python
 
-[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-60000}"
+[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-120000}"
 [ -d "$FOLDER/base/tower" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"
 
 layers() { # of a run with a seed, as JSON
@@ -43,7 +43,7 @@ train() { # name seed: both stages and the test; what is there already is gone o
         OUTPUT="$out/projector" bash scripts/v1_5/pretrain.sh "${common[@]}" > "$out/pretrain.log" 2>&1
     [ -f "$out/model/config.json" ] || DATA="$FOLDER/world/finetune.json" IMAGES="$FOLDER/world/images" \
         PROJECTOR="$out/projector" OUTPUT="$out/model" bash scripts/v1_5/finetune.sh "${common[@]}" \
-        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-8}" > "$out/finetune.log" 2>&1
+        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-6}" > "$out/finetune.log" 2>&1
     [ -f "$out/score.json" ] || T2V_LAYERS='' "$PYTHON" -m vica.toy.evaluate "$out/model" --world "$FOLDER/world" \
         --json "$out/score.json" > "$out/score.txt"
     echo "$1, seed $2, layers $T2V_LAYERS: $(tail -n 1 "$out/score.txt")"
