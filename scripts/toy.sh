@@ -40,10 +40,10 @@ train() { # name seed: both stages and the test; what is there already is gone o
         --disable_tqdm True)
     mkdir -p "$out"
     [ -f "$out/projector/mm_projector.bin" ] || DATA="$FOLDER/world/pretrain.json" IMAGES="$FOLDER/world/images" \
-        OUTPUT="$out/projector" bash scripts/v1_5/pretrain.sh "${common[@]}" > "$out/pretrain.log" 2>&1
+        OUTPUT="$out/projector" bash scripts/v1_5/pretrain.sh "${common[@]}" >> "$out/pretrain.log" 2>&1
     [ -f "$out/model/config.json" ] || DATA="$FOLDER/world/finetune.json" IMAGES="$FOLDER/world/images" \
         PROJECTOR="$out/projector" OUTPUT="$out/model" bash scripts/v1_5/finetune.sh "${common[@]}" \
-        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-6}" > "$out/finetune.log" 2>&1
+        --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-6}" >> "$out/finetune.log" 2>&1
     [ -f "$out/score.json" ] || T2V_LAYERS='' "$PYTHON" -m vica.toy.evaluate "$out/model" --world "$FOLDER/world" \
         --json "$out/score.json" > "$out/score.txt"
     echo "$1, seed $2, layers $T2V_LAYERS: $(tail -n 1 "$out/score.txt")"

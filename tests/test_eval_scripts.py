@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vica.eval.tasks import TASKS
 from vica.toy.benchmarks import write
 from vica.toy.model import save
 
@@ -28,6 +29,17 @@ def run(name: str, ground: Path, *flags: str, **environment: str) -> subprocess.
         ["bash", f"scripts/v1_5/eval/{name}.sh", "--max-new-tokens", "3", *flags],
         cwd=ROOT, env={**os.environ, **settings, **environment}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_on_a_new_machine(name, ground, tmp_path):
+    """Nothing named: the shipped checkpoint, asked about the toy world, which is drawn if it is not there."""
+    done = run(name, ground, "--out", str(tmp_path), CKPT="", DATA="")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
+    assert row["task"] == name and row["questions"] >= 24 and row["failed"] == 0
+    assert row["title"] in done.stdout and f"{row['score']:.2f}" in done.stdout
 
 
 @pytest.mark.slow

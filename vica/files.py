@@ -19,6 +19,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         partial = Path(work) / "partial"
         partial.mkdir()
         yield partial
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+        try:
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+        except OSError as error:
+            raise ViCAError(f"{target} could not be put in place ({error.strerror}); nothing is overwritten") from error

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -44,17 +45,25 @@ def read_runs(folder: Path) -> list[dict]:
 def read_run(folder: Path) -> dict:
     name, seed = folder.name.rsplit("-", 1)
     config = ViCAConfig.from_dict(read_json(folder / "model" / "config.json"))
-    history = read_json(folder / "model" / "trainer_state.json")["log_history"]
+    state = read_json(folder / "model" / "trainer_state.json")
+    history = state["log_history"]
     return dict(
         name=name,
         seed=int(seed),
         t2v_layers=config.t2v_layers if config.variant != "dense" else None,
         visual_flops=visual_flops(config, visual_tokens(config)),
-        seconds=next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry),
+        seconds=training_seconds(history, state["train_batch_size"]),
         steps=history[-1]["step"],
         loss=next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
         score=read_json(folder / "score.json"),
     )
+
+
+def training_seconds(history: list[dict], batch: int) -> float:
+    """Of the second stage, on one card, in however many parts: `train_runtime` is that of the last part alone."""
+    measured = [entry for entry in history if "samples_per_s" in entry]
+    steps = (after - before for before, after in pairwise([0, *(entry["step"] for entry in measured)]))
+    return sum(count * batch / entry["samples_per_s"] for count, entry in zip(steps, measured))
 
 
 def markdown(runs: list[dict]) -> str:

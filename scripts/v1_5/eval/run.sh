@@ -2,7 +2,7 @@
 # Sourced by the scripts beside it: `evaluate BENCHMARK FLAGS` asks all of a benchmark's questions and scores the answers.
 #
 #   CKPT=...             checkpoint folder or hub repository (default: playground/checkpoints/toy-vica, asked about the toy
-#                        world; that checkpoint is still to come: until then CKPT must be given)
+#                        world, which is drawn into playground/toy/eval)
 #   T2V_LAYERS="[0,1]"   other layers than the checkpoint's
 #   DATA=FOLDER          holds LLaVA's folders (default: playground/data/eval)
 #   GPUS=8               processes on this machine (default: its GPUs; none: one process on the CPU)
@@ -21,7 +21,7 @@ evaluate() {
     processes="${GPUS:-$((found > 0 ? found : 1))}"
     if [ -z "${CKPT:-}" ] && [ -z "$data" ]; then
         data=playground/toy/eval
-        [ -d "$data" ] || "$PYTHON" -m vica.toy.benchmarks --out "$data"
+        [ -d "$data" ] || "$PYTHON" -m vica.toy.benchmarks --out "$data" || [ -d "$data" ] # another script was quicker
     fi
     if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
         starter+=(-m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}"
