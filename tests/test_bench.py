@@ -268,6 +268,21 @@ def test_training(capsys):
     assert "against dense" in out and "samples/s" in out
 
 
+def test_evaluation(capsys):
+    out, report = bench(capsys, "eval", "--preset", "toy", "--questions", "4", "--peer-questions", "1")
+    cells = {cell["name"]: cell for cell in report["cells"]}
+    assert len(cells) == 9 and all((c["asked"], c["peer_questions"]) == (4, 1) for c in cells.values())
+    assert [cells[name]["of_images"] for name in ("POPE", "VQAv2 (test-dev)", "SEED (images)")] == [1, 1, 4]
+    assert all(c["prompt"] == f"35 + 576 + {c['text'] + 2}" for c in cells.values())
+    ours, theirs = (
+        sum(c["questions"] / 3600 * c[seconds] / c[count] for c in cells.values())
+        for seconds, count in (("seconds", "asked"), ("peer_seconds", "peer_questions"))
+    )
+    (line,) = (line for line in out.splitlines() if line.startswith("all nine"))
+    assert line.split()[2:] == [f"{theirs / ours:.1f}x", f"{ours:.3f}", f"{theirs:.2f}"]
+    assert report["first_s"] > cells["VQAv2 (test-dev)"]["seconds"] / 2
+
+
 def test_only_what_the_stage_trains_learns(models):
     batches = make_batches(models, Mix(8, 0.4, 16, 1, 1.0, 0), 2, 2, seed=0)
     for stage, parts in (("pretrain", {"projector"}), ("finetune", {"projector", "language model"})):

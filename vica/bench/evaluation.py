@@ -70,8 +70,13 @@ def run(args: argparse.Namespace, models: Models) -> Report:
         drawn = [path.read_bytes() for path in write_pictures(Path(folder), DISTINCT)]
         slow = [one_by_one(args, models, work, drawn[0]) for work in WORKLOADS]
         engine = models.engine("accel", max_batch=args.max_batch)
-        first_s = engine.warm_up()
-        fast = [all_at_once(args, engine, work, drawn, Path(folder)) for work in WORKLOADS]
+        # What is compiled and captured once a process would count many times over in hours that follow from a sample.
+        (first_use := Path(folder) / "first_use").mkdir()
+        first_s = engine.warm_up() + all_at_once(args, engine, WORKLOADS[0], drawn, first_use)["seconds"]
+        fast = []
+        for work in WORKLOADS:
+            fast.append(all_at_once(args, engine, work, drawn, Path(folder)))
+            progress(f"eval, {work.name}: {fast[-1]['asked'] / fast[-1]['seconds']:.1f} questions/s")
     cells = [asdict(work) | one | other for work, one, other in zip(WORKLOADS, slow, fast)]
     return Report([hours_table(cells), NOTE], dict(note=NOTE, first_s=first_s, cells=cells))
 
@@ -108,7 +113,6 @@ def all_at_once(args: argparse.Namespace, engine: Engine, work: Workload, drawn:
     outcome = run_task(task, questions, answer, folder / "answers" / work.name, {}, Ranks())
     if outcome.failed:
         raise ViCAError(f"{len(outcome.failed)} questions failed: {next(iter(outcome.failed.values()))}")
-    progress(f"eval, {work.name}: {count / outcome.seconds:.1f} questions/s")
     return dict(asked=count, of_images=images, seconds=outcome.seconds)
 
 
