@@ -27,6 +27,8 @@ def tokenize_prompt(
     for place, piece in enumerate(prompt.split(IMAGE_MARK)):
         if place:
             ids.append(image_token_index)
+        if not piece:
+            continue
         # Where the text itself begins with a space, Metaspace adds no other; sentencepiece always does.
         if _llama_legacy(tokenizer) is False and piece.startswith((" ", _SPACE)):
             piece = " " + piece

@@ -180,6 +180,7 @@ class Engine:
         stream = TextStream(self.processor, request.stops) if readable else None
         seed = secrets.randbits(62) if request.seed is None else request.seed
         prepared = self.threads.submit(self.inputs.prepare, request)
+        prepared.add_done_callback(self.scheduler.arrivals.add)
         sequence = Sequence(request, prepared, seed, stream, sink, streaming)
         self.scheduler.waiting.append(sequence)
         return sequence

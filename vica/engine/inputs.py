@@ -17,12 +17,14 @@ from ..data.conversation import get_template
 from ..data.images import load_image
 from ..data.messages import read_messages
 from ..data.processor import ViCAProcessor
+from ..data.tokenizer import IMAGE_MARK
 from ..errors import ViCAError
 from .hashing import digest, digest_tensor
 from .layout import Layout, lay_out
 from .request import Request, as_list
 
 SETTLED = 2 * 10**9  # ns after a change from which on another would have another time, however coarse the clock
+HEADS = 64  # beginnings of prompts whose ids are kept
 GIVEN = "features-"  # what the keys of features begin with that the caller brings
 
 
@@ -53,6 +55,7 @@ class Inputs:
         self.plan, self.image_token = config.plan, config.image_token_index
         self.vocabulary, self.width = config.text_config.vocab_size, config.text_config.hidden_size
         self.lock = threading.Lock()
+        self.heads: dict[str, list[int]] = {}
         self.image_lock = threading.Lock()
         self.decoding = [threading.Lock() for _ in range(64)]
         self.waiting: WeakValueDictionary[str, ImageInput] = WeakValueDictionary()
@@ -107,7 +110,19 @@ class Inputs:
         if not isinstance(prompt, str):
             raise ViCAError(f"a prompt is a text, chat messages or token ids, got {type(prompt).__name__}")
         with self.lock:  # tokenizers lend their state to one thread at a time
-            return self.processor.tokenize(prompt), images
+            return self._ids(prompt), images
+
+    def _ids(self, prompt: str) -> list[int]:
+        """Many prompts are the same up to their image: that much is tokenized once, which changes no id, as what stands
+        between images is tokenized on its own anyway."""
+        head, mark, rest = prompt.partition(IMAGE_MARK)
+        if not mark:
+            return self.processor.tokenize(prompt)
+        if head not in self.heads:
+            if len(self.heads) >= HEADS:
+                self.heads.clear()
+            self.heads[head] = self.processor.tokenize(head)
+        return self.heads[head] + self.processor.tokenize(mark + rest, add_special_tokens=False)
 
     def _template_prefix(self) -> list[int]:
         """What all prompts of the template begin with when they hold no image."""

@@ -7,10 +7,11 @@ A request takes all the slots it may need when it enters: what runs can always g
 
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,7 @@ class Sequence:
     stream: TextStream | None  # None: no text is needed before the end
     sink: deque  # where it goes with a token, a result or both
     streaming: bool  # with each token
+    ready: bool = False  # `prepared` is done, which is slow to ask
     submitted: float = field(default_factory=time.perf_counter)
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -70,6 +72,26 @@ class NoRoom(Exception):
     """Not now: what runs must finish first."""
 
 
+class Arrivals:
+    """Counts requests as they are prepared, so that who waits for several of them wakes once: a thread that woke for
+    each, and looked at all, would take most of the time that preparing them needs."""
+
+    def __init__(self):
+        self.changed, self.count, self.wanted = threading.Condition(), 0, 0
+
+    def add(self, _: Future) -> None:
+        with self.changed:
+            self.count += 1
+            if self.count >= self.wanted:
+                self.changed.notify()
+
+    def wait(self, count: int, seconds: float | None) -> None:
+        """Until so many have come since the engine began, or the time is over."""
+        with self.changed:
+            self.wanted = count
+            self.changed.wait_for(lambda: self.count >= count, seconds)
+
+
 class Scheduler:
     def __init__(
         self, runner: Runner, inputs: Inputs, memory: ImageMemory, ends: set[int], max_batch: int, keep_prefix: bool
@@ -77,6 +99,7 @@ class Scheduler:
         self.runner, self.inputs, self.memory, self.ends = runner, inputs, memory, ends
         self.limits, self.keep_prefix = Limits(max_batch, PREFILL_ROWS), keep_prefix
         self.waiting: deque[Sequence] = deque()
+        self.arrivals = Arrivals()
         self.active: list[Sequence] = []
         self.leaving: set[Sequence] = set()  # whose last tokens are still in flight
         self.lanes = list(range(max_batch, 0, -1))  # lane 0 is the runner's
@@ -89,11 +112,15 @@ class Scheduler:
         return bool(self.waiting or self.active or self.in_flight)
 
     def step(self) -> None:
+        """One pass stays in flight while there is a next to launch. Where nothing runs, passes are read one a step:
+        what has been prepared meanwhile enters behind those that are left, and the device goes on."""
         self.drop_cancelled()
         self._decode()
-        self._admit(self._choose())
-        while len(self.in_flight) > bool(self.active):
+        entered = self._admit(self._choose())
+        while len(self.in_flight) > bool(self.active or entered):
             self._harvest()
+            if self.waiting and not self.active:
+                break
 
     # --- entering ---
 
@@ -108,26 +135,30 @@ class Scheduler:
             ready = self._ready()
             patient = not ready or time.perf_counter() - max(ready[0].submitted, self.entered) < PATIENCE
             return [] if min(len(ready), free) < wanted and patient else ready[:free]
-        wanted, ready, deadline = min(len(self.waiting), free), self._ready(), None
-        while len(ready) < wanted and (deadline is None or time.perf_counter() < deadline):
-            unready = [s.prepared for s in self.waiting if not s.prepared.done()]
-            wait(unready, PATIENCE if ready else None, FIRST_COMPLETED)
-            ready = self._ready()
-            deadline = deadline or time.perf_counter() + PATIENCE
-        return ready[:free]
+        wanted, deadline = min(len(self.waiting), free), None
+        while True:
+            come, ready, now = self.arrivals.count, self._ready(), time.perf_counter()
+            deadline = deadline or (now + PATIENCE if ready else None)
+            if len(ready) >= wanted or (deadline is not None and now >= deadline):
+                return ready[:free]
+            # `come` is older than `ready`: who came in between is in both, and waiting ends too early, but never late.
+            missing = wanted - len(ready) if ready else 1
+            self.arrivals.wait(come + missing, deadline and deadline - now)
 
     def _ready(self) -> list[Sequence]:
-        return [s for s in self.waiting if s.prepared.done()]
+        for sequence in self.waiting:
+            sequence.ready = sequence.ready or sequence.prepared.done()
+        return [sequence for sequence in self.waiting if sequence.ready]
 
-    def _admit(self, chosen: list[Sequence]) -> None:
+    def _admit(self, chosen: list[Sequence]) -> bool:
+        """Whether any entered."""
         entering: list[Sequence] = []
         try:
             self._take_each(chosen, entering)
         except BaseException:  # an interrupt: those taken are in no other list
             self._send_back(entering)
             raise
-        if entering:
-            self._enter(entering)
+        return bool(entering) and self._enter(entering)
 
     def _take_each(self, chosen: list[Sequence], entering: list[Sequence]) -> None:
         rows = 0
@@ -219,7 +250,7 @@ class Scheduler:
             elif self.inputs.load(image, source) is not image:
                 raise ViCAError(f"image {os.fspath(source)!r} has changed while its request waited")
 
-    def _enter(self, entering: list[Sequence]) -> None:
+    def _enter(self, entering: list[Sequence]) -> bool:
         try:
             tokens = unless_out_of_memory(lambda: self._first_tokens(entering))
         except BaseException:
@@ -227,7 +258,7 @@ class Scheduler:
             raise
         if tokens is None:
             self._retreat(entering)
-            return
+            return False
         self.entered = now = time.perf_counter()
         for sequence in entering:
             sequence.admitted = sequence.admitted or now
@@ -235,6 +266,7 @@ class Scheduler:
         self.active += entering
         self.batch = None
         self._launched(tokens, entering)
+        return True
 
     def _first_tokens(self, entering: list[Sequence]) -> torch.Tensor:
         self._compute_images(entering)
