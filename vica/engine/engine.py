@@ -66,7 +66,7 @@ class Engine:
             self.runner = Runner(model, budget.max_batch, budget.slots, cuda_graphs)
         made_of = partial(binding, model, self.runner, processor)  # no method: nothing may hold the engine but its user
         self.image_memory = ImageMemory(budget.image_bytes, model.device, made_of, keep_images)
-        self.inputs = Inputs(self.config, processor, visual_tokens(self.config), self.image_memory.knows)
+        self.inputs = Inputs(self.config, processor, visual_tokens(self.config), self.image_memory.knows, keep_prefix)
         self.threads = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), "vica-inputs")
         warn_of_ignored(model.generation_config)
         eos = model.generation_config.eos_token_id

@@ -24,7 +24,7 @@ from .layout import Layout, lay_out
 from .request import Request, as_list
 
 SETTLED = 2 * 10**9  # ns after a change from which on another would have another time, however coarse the clock
-HEADS = 64  # beginnings of prompts whose ids are kept
+HEADS, LONGEST_HEAD = 64, 4096  # beginnings of prompts whose ids are kept, and characters of one
 GIVEN = "features-"  # what the keys of features begin with that the caller brings
 
 
@@ -47,15 +47,16 @@ class Prepared:
 
 
 class Inputs:
-    """Called from several threads. `known(key, start)`: whether the image memory needs no pixels of an image."""
+    """Called from several threads. `known(key, start)`: whether the image memory needs no pixels of an image.
+    `keep_heads`: what prompts begin with may be kept."""
 
-    def __init__(self, config, processor: ViCAProcessor | None, visual_tokens: int, known):
+    def __init__(self, config, processor: ViCAProcessor | None, visual_tokens: int, known, keep_heads: bool = True):
         self.config, self.processor, self.visual_tokens, self.known = config, processor, visual_tokens, known
         # transformers' configs are slow to ask
         self.plan, self.image_token = config.plan, config.image_token_index
         self.vocabulary, self.width = config.text_config.vocab_size, config.text_config.hidden_size
         self.lock = threading.Lock()
-        self.heads: dict[str, list[int]] = {}
+        self.keep_heads, self.heads = keep_heads, dict[str, list[int]]()
         self.image_lock = threading.Lock()
         self.decoding = [threading.Lock() for _ in range(64)]
         self.waiting: WeakValueDictionary[str, ImageInput] = WeakValueDictionary()
@@ -116,7 +117,7 @@ class Inputs:
         """Many prompts are the same up to their image: that much is tokenized once, which changes no id, as what stands
         between images is tokenized on its own anyway."""
         head, mark, rest = prompt.partition(IMAGE_MARK)
-        if not mark:
+        if not (mark and self.keep_heads and len(head) <= LONGEST_HEAD):
             return self.processor.tokenize(prompt)
         if head not in self.heads:
             if len(self.heads) >= HEADS:

@@ -431,16 +431,16 @@ class Scheduler:
 
     def _retreat(self, entering: list[Sequence]) -> None:
         """An entry that did not fit is tried again with half as many rows; a single request when half of what runs
-        has left."""
+        has left, or where nothing runs when the passes in flight have been read."""
         rows = sum(len(s.row.layout) - s.row.held for s in entering)
         log.warning("out of memory while %d requests entered with %d rows", len(entering), rows)
         self._send_back(entering)
         self._free_memory()
         if len(entering) > 1:
             self.limits.lower(rows=rows // 2)
-        elif self.active or self.in_flight:
+        elif self.active:
             self.limits.lower(requests=len(self.active) // 2)
-        else:
+        elif not self.in_flight:
             self._fail_second_time(entering[0])
 
     def _thin_out(self, running: list[Sequence]) -> None:
