@@ -1,6 +1,7 @@
 """Two processes, by whatever splits the work between them, train as one does on the batch of both: the same losses at
 every step and the same saved weights within 1e-5, in float32."""
 
+import gc
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from tests.forks import ON_CPU, STAGE_1, STAGE_2, argv, distance, free_port, losses, make_ground, start, weights
@@ -125,6 +127,26 @@ def test_stage_2_by_fsdp(ground, tmp_path):
 def test_stage_1(engine, ground, tmp_path):
     run_both(ground, tmp_path / "out", engine, batch=4, **STAGE_1).finish()
     assert_alike(tmp_path / "out", run_alone(ground, "stage 1", batch=8, **STAGE_1))
+
+
+def refuse_a_reducer_that_is_left():
+    destroy = torch.distributed.destroy_process_group
+
+    def checked():
+        left = [
+            type(x).__name__ for x in gc.get_objects() if type(x).__name__ in ("Reducer", "DistributedDataParallel")
+        ]
+        assert not left, f"{left} would end the process group"
+        destroy()
+
+    torch.distributed.destroy_process_group = checked
+
+
+@pytest.mark.slow
+def test_nothing_is_left_that_ends_the_process_group_late(ground, tmp_path):
+    """It may never come to an end: once in a hundred runs."""
+    flags = command(ground, tmp_path / "out", batch=4, **STAGE_1)
+    start(flags, tmp_path / "log", ranks=2, sabotage=refuse_a_reducer_that_is_left).finish()
 
 
 @pytest.mark.slow

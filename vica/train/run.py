@@ -155,4 +155,8 @@ def finish(trainer: ViCATrainer) -> None:
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()
     if torch.distributed.is_initialized():
+        # DDP's reducer holds the process group. Were it the last to, it would end the group with Python's lock held,
+        # for which a thread of gloo's may wait that is to be joined: the process would never end.
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
         torch.distributed.destroy_process_group()
