@@ -14,6 +14,7 @@ from vica.bench.drive import Drive
 from vica.bench.inputs import Prompts, Shape
 from vica.bench.models import SHAPES, Models, preset_config, random_model
 from vica.bench.peers import Transformers
+from vica.bench.report import origin
 from vica.bench.training import Mix, Ours, Peer, make_batches
 from vica.cli.main import main
 from vica.engine.runner import Runner
@@ -281,6 +282,13 @@ def test_evaluation(capsys):
     (line,) = (line for line in out.splitlines() if line.startswith("all nine"))
     assert line.split()[2:] == [f"{theirs / ours:.1f}x", f"{ours:.3f}", f"{theirs:.2f}"]
     assert report["first_s"] > cells["VQAv2 (test-dev)"]["seconds"] / 2
+
+
+def test_a_command_is_told_without_its_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "sys.argv", ["/bin/vica", "bench", "flops", "--preset", "7b", "--json", str(tmp_path / "a b.json")]
+    )
+    assert origin("abc")["command"] == "vica bench flops --preset 7b --json 'a b.json'"
 
 
 def test_only_what_the_stage_trains_learns(models):

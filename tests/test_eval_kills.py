@@ -7,21 +7,17 @@ from random import Random
 
 import pytest
 
+from tests.evaluation import model_and_data
 from tests.forks import start
 from vica.cli.main import main
 from vica.eval.answers import FINAL, PARTS
-from vica.toy.benchmarks import write
-from vica.toy.model import save
 
 TASKS = ("pope", "mme")
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ground")
-    save(root / "model")
-    write(root / "data", 12)
-    return root
+    return model_and_data(tmp_path_factory.mktemp("ground"), 12)
 
 
 def command(ground: Path, out: Path) -> list[str]:

@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation import model_and_data
 from vica.eval.tasks import TASKS
-from vica.toy.benchmarks import write
-from vica.toy.model import save
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ground")
-    save(root / "model")
-    write(root / "data", 8)
-    return root
+    return model_and_data(tmp_path_factory.mktemp("ground"), 8)
 
 
 def run(name: str, ground: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """No word in the README that does not hold: its commands run, its code runs, its paths exist."""
 
+import json
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vica.cli.main import VERBS, build_parser
-from vica.toy import benchmarks
+from vica.toy import benchmarks, claim
 from vica.toy.model import save
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,29 @@ def test_python_examples(folder):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert (folder / "pictures.safetensors").stat().st_size > 0 and done.stdout.count("length") == 2
+
+
+def test_figures_are_those_measured():
+    """Of the toy claim and of the benchmarks' hours, in the README and in docs/results, from the raw files."""
+    results = ROOT / "docs/results"
+    table = claim.markdown(json.loads((results / "toy/claim.json").read_text()))
+    told = table.replace("training, s", "training of stage 2, s")
+    assert told in (results / "toy.md").read_text()
+    rows = {row[0]: row[1:] for row in (re.split(r" *\| *", line.strip("| ")) for line in table.splitlines())}
+    of, flops = rows["of dense's accuracy"][1], rows["of dense's visual FLOPs"][1]
+    dense, vica, _, blind = (cell.split()[0] for cell in rows["all"])
+    text = " ".join(README.split())
+    assert f"ViCA has {flops} of dense's visual compute and {of} of its accuracy" in text
+    assert f"({dense}% of answers right for dense, {vica}% for ViCA, {blind}% blind;" in text
+    cells = {cell["name"]: cell for cell in json.loads((results / "evaluation/eval.json").read_text())["cells"]}
+    for name, form in (
+        ("POPE", "POPE {:.0f} questions a second ({:.0f}x)"),
+        ("VQAv2 (test-dev)", "VQAv2 {:.0f} ({:.0f}x)"),
+    ):
+        ours, theirs = (
+            cells[name][n] / cells[name][s] for n, s in (("asked", "seconds"), ("peer_questions", "peer_seconds"))
+        )
+        assert form.format(ours, ours / theirs) in text
 
 
 def test_paths_exist():

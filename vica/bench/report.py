@@ -37,6 +37,7 @@ class Report:
 def origin(commit: str | None) -> dict:
     """A figure never travels alone."""
     cuda = torch.cuda.is_available()
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # its folders tell nothing
     return {
         "hardware": torch.cuda.get_device_name()
         if cuda
@@ -45,7 +46,7 @@ def origin(commit: str | None) -> dict:
         "cuda": torch.version.cuda if cuda else None,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "command": shlex.join(["vica", *sys.argv[1:]]),
+        "command": shlex.join(["vica", *words]),
         "commit": commit or git_commit() or "unknown",
     }
 

@@ -1,0 +1,13 @@
+"""What tests of `vica eval` as a program share."""
+
+from pathlib import Path
+
+from vica.toy.benchmarks import write
+from vica.toy.model import save
+
+
+def model_and_data(root: Path, pictures: int) -> Path:
+    """A model of random weights, and beside it the nine benchmarks of so many pictures each."""
+    save(root / "model")
+    write(root / "data", pictures)
+    return root
