@@ -28,3 +28,12 @@ find_python() { # PYTHON: the caller's own, else .venv's, else python3
     fi
     export PYTHON
 }
+
+find_port() { # MASTER_PORT: the caller's own, else a free one; several machines agree on one that is known beforehand
+    if [ -z "${MASTER_PORT:-}" ]; then
+        MASTER_PORT=29500
+        if [ "${NNODES:-1}" -eq 1 ] && [ -z "${HOSTFILE:-}" ]; then
+            MASTER_PORT="$("$PYTHON" -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')"
+        fi
+    fi
+}

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vica.cli.main import main
+from vica.eval.answers import held
 from vica.toy.benchmarks import write
 from vica.toy.model import save
 
@@ -64,6 +65,16 @@ def test_answers_of_another_run_are_found_before_the_benchmarks_ahead_of_them_ar
     assert evaluate("pope mme", model, data, tmp_path, "--restart") == 0
 
 
+def test_two_runs_at_once_do_not_share_a_folder(model, data, tmp_path, capsys):
+    with held(tmp_path / "mme"):
+        assert evaluate("pope mme", model, data, tmp_path) == 1
+        assert f"{tmp_path / 'mme'} is being written by another run; --out FOLDER" in capsys.readouterr().err
+        assert evaluate("pope mme", model, data, tmp_path, "--restart") == 1
+        assert not list((tmp_path / "pope").iterdir()), "refused before anything is asked"
+        assert evaluate("pope", model, data, tmp_path) == 0
+    assert evaluate("pope mme", model, data, tmp_path) == 0
+
+
 def test_another_limit_is_said_so(model, data, tmp_path, capsys):
     assert evaluate("pope", model, data, tmp_path, "--limit", 2) == 0
     assert evaluate("pope", model, data, tmp_path) == 1
@@ -76,6 +87,15 @@ def test_a_baseline_that_is_none_is_found_at_once(data, tmp_path, capsys):
         (tmp_path / "summary.json").write_bytes(text.encode("latin-1"))
         assert evaluate("pope", "no/model/at/all", data, tmp_path, "--baseline", tmp_path / "summary.json") == 1
         assert capsys.readouterr().err.endswith("summary.json is no summary.json of vica eval\n")
+
+
+def test_a_baseline_of_other_questions_is_refused(model, data, tmp_path, capsys):
+    assert evaluate("pope", model, data, tmp_path / "a", "--limit", 2) == 0
+    file = tmp_path / "a" / "summary.json"
+    assert evaluate("pope", "no/model/at/all", data, tmp_path / "b", "--baseline", file) == 1
+    said = capsys.readouterr().err
+    assert f"{file} has 2 questions of pope, this run " in said and "--limit, --split and the data must be" in said
+    assert evaluate("pope", model, data, tmp_path / "b", "--limit", 2, "--baseline", file) == 0
 
 
 def test_a_baseline_of_other_benchmarks_compares_nothing(model, data, tmp_path):

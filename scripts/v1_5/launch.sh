@@ -7,7 +7,7 @@
 #   GLOBAL_BATCH, BATCH  samples a step, and those of one process at once; the rest is accumulated
 #   ENGINE=FILE|none     DeepSpeed's settings                 (default: the script's choice; none where there is no GPU)
 #   LAUNCHER=torchrun|deepspeed
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, HOSTFILE     several machines
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, HOSTFILE     several machines (MASTER_PORT: 29500; on one: a free one)
 #   PYTHON               interpreter                          (default: .venv's, else python3)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -21,7 +21,7 @@ source scripts/setup.sh
 find_python
 
 launch() {
-    local found nodes="${NNODES:-1}" port="${MASTER_PORT:-29500}" flags=() starter=()
+    local found nodes="${NNODES:-1}" flags=() starter=()
     if ! found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)"; then
         found="$("$PYTHON" -c 'import torch' 2>&1 || true)"
         echo "$PYTHON has no torch (${found##*$'\n'}): pip install -e '.[train]', or let PYTHON name another" >&2
@@ -38,15 +38,16 @@ launch() {
     if [ "$found" -gt 0 ]; then flags+=(--bf16 True --tf32 True); else flags+=(--use_cpu True) ENGINE=none; fi
     if [ "${ENGINE:-none}" != none ]; then flags+=(--deepspeed "$ENGINE"); fi
 
+    find_port
     if [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
-        starter=("$(dirname "$PYTHON")/deepspeed" --num_gpus "$processes" --master_port "$port")
-        if [ -n "${HOSTFILE:-}" ]; then starter=("$(dirname "$PYTHON")/deepspeed" --hostfile "$HOSTFILE" --master_port "$port"); fi
-        starter+=(--module vica.train)
+        local machines=(--num_gpus "$processes")
+        if [ -n "${HOSTFILE:-}" ]; then machines=(--hostfile "$HOSTFILE"); fi
+        starter=("$(dirname "$PYTHON")/deepspeed" "${machines[@]}" --master_port "$MASTER_PORT" --module vica.train)
     elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then
         starter=("$PYTHON" -m vica.train)
     else
         starter=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes"
-            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$port" -m vica.train)
+            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" -m vica.train)
     fi
     "${starter[@]}" "${flags[@]}" "$@"
 }

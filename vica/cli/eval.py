@@ -1,6 +1,7 @@
 """Score a model on benchmarks: LLaVA-1.5's questions, each benchmark's own scorer."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     from ..eval import report
     from ..eval.answering import answerer
+    from ..eval.answers import held
     from ..eval.ranks import all_ranks
     from ..eval.run import check_folder, read_questions, run_task
     from ..eval.tasks import choose
@@ -64,17 +66,19 @@ def run(args) -> None:
             raise ViCAError(f"--{name.replace('_', '-')} is {value}; it must be 1 at least")
     if args.max_new_tokens:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]
-    if args.baseline:
-        report.read_summary(args.baseline)  # a wrong path is found sooner than a model is loaded
     root = None if args.hub else args.data or ROOT
     questions = {task.name: read_questions(task, root, args.split, args.limit) for task in tasks}
-    with all_ranks() as ranks:
+    if args.baseline:  # a wrong one is found sooner than a model is loaded
+        report.check_baseline(args.baseline, {name: len(asked) for name, asked in questions.items()})
+    with all_ranks() as ranks, ExitStack() as folders:
         args.device = ranks.device(args.device)
         model, processor = common.load_for_answers(args)
         out = args.out or Path("playground/answers") / Path(os.path.abspath(args.model)).name
         about = settings(args, model, processor)
         for task in tasks if ranks.first and not args.restart else ():
             check_folder(task, questions[task.name], out / task.name, about)
+        for task in tasks if ranks.first else ():
+            folders.enter_context(held(out / task.name))
         answer, outcomes = answerer(model, processor, args.max_batch), []
         for task in tasks:
             outcome = run_task(

@@ -18,7 +18,7 @@ HEADING = ("benchmark", "metric", "score", "of baseline", "visual GFLOPs", "ques
 
 def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline: Path | None) -> dict:
     """`visual_gflops` is what the decoder spends on the visual tokens of one image."""
-    held = {row["task"]: row["score"] for row in read_summary(baseline)["benchmarks"]} if baseline else {}
+    held = {name: row["score"] for name, row in baseline_rows(baseline).items()} if baseline else {}
     rows = []
     for outcome in outcomes:
         value = outcome.score.value if outcome.score else None
@@ -41,13 +41,24 @@ def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline
     return dict(about, baseline=baseline and str(baseline), benchmarks=rows)
 
 
-def read_summary(path: Path) -> dict:
+def check_baseline(path: Path, counts: dict[str, int]) -> None:
+    """Percents of the score of other questions would mislead. `counts` says how many each benchmark asks."""
+    held = baseline_rows(path)
+    for name, count in counts.items():
+        if name in held and held[name]["questions"] != count:
+            raise ViCAError(
+                f"{path} has {held[name]['questions']} questions of {name}, this run {count}: --limit, --split and the "
+                "data must be the same"
+            )
+
+
+def baseline_rows(path: Path) -> dict[str, dict]:
     try:
-        summary = json.loads(path.read_bytes())
-        {row["task"]: row["score"] for row in summary["benchmarks"]}  # what will be asked of it
+        rows = {row["task"]: row for row in json.loads(path.read_bytes())["benchmarks"]}
+        [(row["score"], row["questions"]) for row in rows.values()]  # what will be asked of them
     except (ValueError, KeyError, TypeError) as error:
         raise ViCAError(f"{path} is no summary.json of vica eval") from error
-    return summary
+    return rows
 
 
 def cells(summary: dict) -> list[tuple]:

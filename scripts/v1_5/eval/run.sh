@@ -6,7 +6,7 @@
 #   T2V_LAYERS="[0,1]"   other layers than the checkpoint's
 #   DATA=FOLDER          holds LLaVA's folders (default: playground/data/eval)
 #   GPUS=8               processes on this machine (default: its GPUs; none: one process on the CPU)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines (MASTER_PORT: 29500; on one: a free one)
 #   PYTHON               interpreter (default: .venv's, else python3)
 # Flags are those of `vica eval`, such as --limit 100, --variant dense, --hub, --out FOLDER.
 set -euo pipefail
@@ -24,9 +24,10 @@ evaluate() {
         [ -d "$data" ] || "$PYTHON" -m vica.toy.benchmarks --out "$data" || [ -d "$data" ] # another script was quicker
     fi
     if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+        find_port
         starter+=(-m torch.distributed.run --nproc_per_node "$processes" --nnodes "${NNODES:-1}"
             --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
-            --master_port "${MASTER_PORT:-29500}")
+            --master_port "$MASTER_PORT")
     fi
     "${starter[@]}" -m vica.cli.main eval "$1" --model "${CKPT:-playground/checkpoints/toy-vica}" \
         ${data:+--data "$data"} "${@:2}"
