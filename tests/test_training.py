@@ -390,6 +390,18 @@ def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
     assert line.startswith("vica train: ") and said in line
 
 
+# --- started again ------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_by_hand(root, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ViCATrainer, "training_step", interrupted)
+    assert main(arguments(root, tmp_path)) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("vica train: stopped; started again")
+
+
 @pytest.mark.parametrize("missing", ["data_path", "image_folder"])
 def test_missing_data_is_told_before_a_model_is_loaded(root, tmp_path, monkeypatch, missing):
     monkeypatch.setattr(run, "build", lambda *_: pytest.fail("loaded"))

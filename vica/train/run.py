@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"vica train: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vica train: stopped; started again it goes on from its newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
