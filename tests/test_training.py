@@ -393,6 +393,38 @@ def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
 # --- started again ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        (dict(stage="pretrain"), dict(), "stage 1 or adapters, now the whole model"),
+        (dict(), dict(stage="pretrain"), "the whole model, now stage 1 or adapters"),
+        (dict(t2v_layers="[1]"), dict(), "t2v_layers [1], now [0, 2]"),
+        (dict(freeze_prefix="true"), dict(freeze_prefix="1"), "freeze_prefix True, now 1"),
+        (dict(variant="dense"), dict(), "dense True, now False"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys, before, now, said):
+    """Its weights would be saved as this run's, untrained and under this run's layers."""
+    saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    trained(root, tmp_path, **before, **saving)
+    capsys.readouterr()
+    assert main(arguments(root, tmp_path, **now, **saving)) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"vica train: {tmp_path}/checkpoint-1 is of another run: ") and said in line
+
+
+def test_a_run_that_goes_on_says_so(root, tmp_path, capsys):
+    trained(root, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    assert "goes on from" not in capsys.readouterr().out
+    trained(root, tmp_path, variant="mask")  # the same function as accel: the same run
+    assert f"goes on from {tmp_path}/checkpoint-1\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_checkpoint(root, tmp_path, capsys):
+    assert main(arguments(root, tmp_path, resume_from_checkpoint=root / "llm")) == 1
+    assert f"{root}/llm is no checkpoint to go on from" in capsys.readouterr().err
+
+
 def test_interrupted_by_hand(root, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

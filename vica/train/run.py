@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from ..data.collate import Collator
@@ -21,6 +20,7 @@ from .arguments import one_line_complaints, parse
 from .build import build, loading_dtype, widen
 from .lora import add_adapters
 from .meter import Meter, peak_flops
+from .resume import resume_point
 from .stages import Trained, describe, freeze
 from .trainer import ViCATrainer
 
@@ -69,7 +69,10 @@ def train(argv: list[str] | None = None) -> None:
             meter=Meter(config, trained, peak_flops(args.peak_tflops, args.device)),
             skipped=Skipped(Path(args.output_dir) / "skipped.jsonl", data_args.max_broken_share, total),
         )
-    trainer.train(resume_from_checkpoint=resume_point(args))
+    point = resume_point(args, config, trainer.whole)
+    if point is not None and args.should_save:
+        print(f"goes on from {point}", flush=True)
+    trainer.train(resume_from_checkpoint=point)
     finish(trainer)
 
 
@@ -126,16 +129,6 @@ def announce(args, model, total: int | None) -> None:
     steps = "" if total is None else f", {total:,} samples"
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     print(f"batch {batch} ({args.world_size} processes){steps}; into {args.output_dir}", flush=True)
-
-
-def resume_point(args) -> str | None:
-    """As LLaVA does: the newest checkpoint in the output folder, unless another is named."""
-    given = args.resume_from_checkpoint
-    if given and str(given).lower() not in ("true", "false"):
-        if not Path(given).is_dir():
-            raise ViCAError(f"--resume_from_checkpoint is {given!r}, which is no folder")
-        return given
-    return None if str(given).lower() == "false" else get_last_checkpoint(args.output_dir)
 
 
 def finish(trainer: ViCATrainer) -> None:
