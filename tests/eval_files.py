@@ -48,3 +48,4 @@ def names_what_is_missing(task: Task, folder: Path, path: Path, *words: str) -> 
     aside.rename(path)
     assert f"{path} is not there" in error
     assert all(word in error for word in words), error
+    assert "playground/data" not in error  # got into another folder than the one that is read, it would be missed again

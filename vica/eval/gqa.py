@@ -5,27 +5,26 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, read_json, stored_image
-from .llava import EVAL_ZIP, SHORT_ANSWER, records
+from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, percent
 
 HOST = "wget https://downloads.cs.stanford.edu/nlp/data/gqa/"
-ANNOTATIONS = (
-    HOST + "questions1.2.zip && unzip questions1.2.zip testdev_balanced_questions.json -d playground/data/eval/gqa/data"
-)
-PICTURES = HOST + "images.zip && unzip images.zip -d playground/data/eval/gqa/data"
+ANNOTATIONS = HOST + "questions1.2.zip && unzip questions1.2.zip testdev_balanced_questions.json -d {folder}"
+PICTURES = HOST + "images.zip && unzip images.zip -d {folder}"
 NAME = "testdev_balanced_questions.json"
 
 
 def read(folder: Path, split: str) -> list[Question]:
     data, path = folder / "data", folder / "llava_gqa_testdev_balanced.jsonl"
     places = [data / NAME, data / "questions1.2" / NAME, data / "questions" / NAME]
-    known = read_json(next((place for place in places if place.exists()), places[0]), ANNOTATIONS)
+    get = ANNOTATIONS.format(folder=data)
+    known = read_json(next((place for place in places if place.exists()), places[0]), get)
     if not isinstance(known, dict):
-        raise ViCAError(f"{NAME} in {data} is not GQA's own, which has its questions by id. {ANNOTATIONS}")
-    pictures, questions = need(data / "images", PICTURES), []
-    for id, image, text in records(path, EVAL_ZIP, "question_id", "image", "text"):
+        raise ViCAError(f"{NAME} in {data} is not GQA's own, which has its questions by id. {get}")
+    pictures, questions = need(data / "images", PICTURES.format(folder=data)), []
+    for id, image, text in records(path, eval_zip(folder), "question_id", "image", "text"):
         if "answer" not in known.get(id, ()):
-            raise ViCAError(f"{path} asks {id}, to which {NAME} has no answer. {ANNOTATIONS}")
+            raise ViCAError(f"{path} asks {id}, to which {NAME} has no answer. {get}")
         questions.append(Question(id, text, pictures / image, _gold(known[id])))
     return questions
 

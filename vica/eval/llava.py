@@ -10,10 +10,11 @@ from .data import read_lines
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-EVAL_ZIP = (
-    "It is in LLaVA's eval.zip, unpacked into playground/data/eval: "
-    "gdown 1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy && unzip eval.zip -d playground/data/eval"
-)
+
+def eval_zip(folder: Path) -> str:
+    """What gets a benchmark's questions into its folder, which is one of those in the archive."""
+    unpack = f"gdown 1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy && unzip eval.zip -d {folder.parent}"
+    return f"It is in LLaVA's eval.zip, unpacked into {folder.parent}: {unpack}"
 
 
 def records(path: Path, get: str, *names: str) -> Iterator[tuple]:

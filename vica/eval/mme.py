@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, stored_image
-from .llava import EVAL_ZIP, SHORT_ANSWER, records
+from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, StoredImage, Task, check_answers, listed
 
 GROUPS = {
@@ -24,7 +24,7 @@ YES_OR_NO = "Please answer yes or no."  # MME's own files end with it, LLaVA ask
 def read(folder: Path, split: str) -> list[Question]:
     root, path = need(folder / "MME_Benchmark_release_version", RELEASE), folder / "llava_mme.jsonl"
     asked, known = [], {}
-    for name, text, category in records(path, EVAL_ZIP, "question_id", "text", "category"):
+    for name, text, category in records(path, eval_zip(folder), "question_id", "text", "category"):
         known[name] = known.get(name) or _answers(root, name)
         if (bare := _bare(text)) not in known[name]:
             raise ViCAError(f"{path} asks of {name} what its text file in {root} does not: {bare}")

@@ -7,30 +7,29 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, stored_image
-from .llava import EVAL_ZIP, SHORT_ANSWER, records
+from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers
 
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # LLaVA's ids: this plus POPE's own
 KINDS = ("random", "popular", "adversarial")
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 LABELS = (
-    "for kind in random popular adversarial; do wget -P playground/data/eval/pope/coco "
+    "for kind in random popular adversarial; do wget -P {folder}/coco "
     "https://raw.githubusercontent.com/RUCAIBox/POPE/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco/"
     "coco_pope_$kind.json; done"
 )
-PICTURES = (
-    "wget http://images.cocodataset.org/zips/val2014.zip && unzip val2014.zip 'val2014/*' -d playground/data/eval/pope"
-)
+PICTURES = "wget http://images.cocodataset.org/zips/val2014.zip && unzip val2014.zip 'val2014/*' -d {folder}"
 
 
 def read(folder: Path, split: str) -> list[Question]:
-    labels = {kind: _labels(folder / "coco" / f"coco_pope_{kind}.json") for kind in KINDS}
-    pictures, questions = need(folder / "val2014", PICTURES), []
+    get = LABELS.format(folder=folder)
+    labels = {kind: _labels(folder / "coco" / f"coco_pope_{kind}.json", get) for kind in KINDS}
+    pictures, questions = need(folder / "val2014", PICTURES.format(folder=folder)), []
     path = folder / "llava_pope_test.jsonl"
-    for id, image, text, kind in records(path, EVAL_ZIP, "question_id", "image", "text", "category"):
+    for id, image, text, kind in records(path, eval_zip(folder), "question_id", "image", "text", "category"):
         answer = labels.get(kind, {}).get(_asked(image, text))
         if answer is None:
-            raise ViCAError(f"{path} asks {id}, of which {folder}/coco/coco_pope_{kind}.json knows nothing. {LABELS}")
+            raise ViCAError(f"{path} asks {id}, of which {folder}/coco/coco_pope_{kind}.json knows nothing. {get}")
         questions.append(Question(id, text, pictures / image, dict(answer=answer, kind=kind)))
     return questions
 
@@ -80,8 +79,8 @@ def _count(said: list[tuple[bool, bool]]) -> dict:
     return counts | {name: 100 * share for name, share in zip(FIGURES, shares)}
 
 
-def _labels(path: Path) -> dict[tuple[str, str], str]:
-    return {_asked(image, text): label for image, text, label in records(path, LABELS, "image", "text", "label")}
+def _labels(path: Path, get: str) -> dict[tuple[str, str], str]:
+    return {_asked(image, text): label for image, text, label in records(path, get, "image", "text", "label")}
 
 
 def _asked(image: str, text: str) -> tuple[str, str]:

@@ -5,28 +5,23 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, read_json, stored_image
-from .llava import EVAL_ZIP, OPTION_LETTER, records
+from .llava import OPTION_LETTER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
 
 TYPES = (
     "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location", "Instances Counting",
     "Spatial Relation", "Instance Interaction", "Visual Reasoning", "Text Understanding",
 )  # fmt: skip
-QUESTIONS = (
-    "huggingface-cli download --repo-type dataset AILab-CVC/SEED-Bench SEED-Bench.json "
-    "--local-dir playground/data/eval/seed_bench"
-)
-PICTURES = QUESTIONS.replace(".json", "-image.zip") + (
-    " && unzip playground/data/eval/seed_bench/SEED-Bench-image.zip -d playground/data/eval/seed_bench"
-)
+QUESTIONS = "huggingface-cli download --repo-type dataset AILab-CVC/SEED-Bench SEED-Bench.json --local-dir {folder}"
+PICTURES = QUESTIONS.replace(".json", "-image.zip") + " && unzip {folder}/SEED-Bench-image.zip -d {folder}"
 
 
 def read(folder: Path, split: str) -> list[Question]:
     gold, path = _gold(folder / "SEED-Bench.json"), folder / "llava-seed-bench.jsonl"
-    need(folder / "SEED-Bench-image", PICTURES)
+    need(folder / "SEED-Bench-image", PICTURES.format(folder=folder))
     questions = [
         Question(_id(id), text, folder / image, gold.pop(_id(id)))
-        for id, image, text in records(path, EVAL_ZIP, "question_id", "image", "text")
+        for id, image, text in records(path, eval_zip(folder), "question_id", "image", "text")
         if _id(id) in gold
     ]
     if gold:
@@ -72,7 +67,7 @@ def _count(questions: Sequence[Question], answers: Answers) -> dict:
 
 def _gold(path: Path) -> dict[int | str, dict]:
     """Of the questions about images, by id."""
-    told = read_json(path, QUESTIONS)
+    told = read_json(path, QUESTIONS.format(folder=path.parent))
     try:
         names = {number: name for name, number in told["question_type"].items()}
         return {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, read_json, stored_images
-from .llava import EVAL_ZIP, OPTION_LETTER
+from .llava import OPTION_LETTER, eval_zip
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
 
 REPOSITORY = "lmms-lab/ScienceQA"
@@ -34,7 +34,7 @@ PARTS: dict[str, Callable[[dict], bool]] = {  # as ScienceQA's authors report th
 def read(folder: Path, split: str) -> list[Question]:
     listing = read_json(folder / "pid_splits.json", GET.format(folder=folder, file="pid_splits.json"))["test"]
     problems = read_json(folder / "problems.json", GET.format(folder=folder, file="problems.json"))
-    lines = read_json(folder / QUESTIONS, EVAL_ZIP)
+    lines = read_json(folder / QUESTIONS, eval_zip(folder))
     if strays := sorted(set(listing) ^ {line["id"] for line in lines}) or [id for id in listing if id not in problems]:
         raise ViCAError(f"the files in {folder} differ in their questions: {listed(strays)}")
     return [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, read_json, read_lines, stored_image
-from .llava import EVAL_ZIP, SHORT_ANSWER
+from .llava import SHORT_ANSWER, eval_zip
 from .task import Answers, Question, Score, Task, check_answers, percent
 from .vqa_text import textvqa_accuracy
 
@@ -21,7 +21,7 @@ def read(folder: Path, split: str) -> list[Question]:
     annotated = {
         (one["image_id"], one["question"].lower()): one for one in read_json(folder / ANNOTATIONS, get)["data"]
     }
-    return [_question(folder, line, annotated) for line in read_lines(folder / QUESTIONS, EVAL_ZIP)]
+    return [_question(folder, line, annotated) for line in read_lines(folder / QUESTIONS, eval_zip(folder))]
 
 
 def _question(folder: Path, line: dict, annotated: dict[tuple[str, str], dict]) -> Question:

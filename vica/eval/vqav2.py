@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from .data import hub_rows, need, read_json, read_lines, stored_image
-from .llava import EVAL_ZIP, SHORT_ANSWER
+from .llava import SHORT_ANSWER, eval_zip
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
 from .vqa_text import evalai_answer, vqa_accuracy
 
@@ -50,16 +50,16 @@ def _read_val(folder: Path) -> list[Question]:
 
 
 def _read_test_dev(folder: Path) -> list[Question]:
-    need(folder / WHOLE_TEST, EVAL_ZIP)  # now, not after hours of answers
+    need(folder / WHOLE_TEST, eval_zip(folder))  # now, not after hours of answers
     return [
         Question(line["question_id"], line["text"], folder / "test2015" / line["image"], {"whole_test": str(folder)})
-        for line in read_lines(folder / TEST_DEV, EVAL_ZIP)
+        for line in read_lines(folder / TEST_DEV, eval_zip(folder))
     ]
 
 
 def read_hub(split: str) -> list[Question]:
     if split == "test-dev":
-        need(HUB_FOLDER / WHOLE_TEST, EVAL_ZIP)
+        need(HUB_FOLDER / WHOLE_TEST, eval_zip(HUB_FOLDER))
     rows = hub_rows(REPOSITORY, HUB_SPLITS[split])
     return [
         Question(
@@ -104,7 +104,7 @@ def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Pat
     if not all("whole_test" in one.gold for one in questions):
         return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
     whole = Path(questions[0].gold["whole_test"]) / WHOLE_TEST
-    given = {line["question_id"]: "" for line in read_lines(whole, EVAL_ZIP)}
+    given = {line["question_id"]: "" for line in read_lines(whole, eval_zip(whole.parent))}
     if strays := [one.id for one in questions if one.id not in given]:
         raise ViCAError(f"{whole} lacks questions that were answered: {listed(strays)}")
     return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})
