@@ -84,8 +84,8 @@ def test_hub(folder, monkeypatch, tmp_path):
 
 def test_missing_files(folder):
     names_what_is_missing(TASK, folder, folder / "llava-seed-bench.jsonl", "eval.zip", "gdown")
-    names_what_is_missing(TASK, folder, folder / "SEED-Bench.json", "huggingface-cli", "AILab-CVC/SEED-Bench")
-    names_what_is_missing(TASK, folder, folder / "SEED-Bench-image", "huggingface-cli", "SEED-Bench-image.zip")
+    names_what_is_missing(TASK, folder, folder / "SEED-Bench.json", "hf download ", "AILab-CVC/SEED-Bench")
+    names_what_is_missing(TASK, folder, folder / "SEED-Bench-image", "hf download ", "SEED-Bench-image.zip")
 
 
 def test_files_that_do_not_belong_together(folder):

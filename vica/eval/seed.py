@@ -12,7 +12,7 @@ TYPES = (
     "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location", "Instances Counting",
     "Spatial Relation", "Instance Interaction", "Visual Reasoning", "Text Understanding",
 )  # fmt: skip
-QUESTIONS = "huggingface-cli download --repo-type dataset AILab-CVC/SEED-Bench SEED-Bench.json --local-dir {folder}"
+QUESTIONS = "hf download --repo-type dataset AILab-CVC/SEED-Bench SEED-Bench.json --local-dir {folder}"
 PICTURES = QUESTIONS.replace(".json", "-image.zip") + " && unzip {folder}/SEED-Bench-image.zip -d {folder}"
 
 
