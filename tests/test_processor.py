@@ -252,6 +252,13 @@ def test_images_come_first_in_a_chat(processor):
     assert processor.apply_chat_template([{"role": "user", "content": "Hi"}]) == f"{start}Hi "
 
 
+def test_one_image_alone_needs_no_list(processor, tmp_path):
+    picture(90, 70).save(tmp_path / "one.png")
+    listed = processor.ask("What?", [tmp_path / "one.png"])
+    for alone in (tmp_path / "one.png", str(tmp_path / "one.png"), picture(90, 70)):
+        assert torch.equal(processor.ask("What?", alone)["pixel_values"], listed["pixel_values"])
+
+
 def test_a_whole_chat(processor):
     chat = [{"role": "system", "content": "Be brief."}, user(IMAGE_PART, "What?"), assistant("A cat."), user("Sure?")]
     rendered = processor.apply_chat_template(chat, add_generation_prompt=True)

@@ -12,6 +12,7 @@ import warnings
 from io import BytesIO
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..errors import ViCAError
@@ -19,6 +20,14 @@ from ..errors import ViCAError
 DOWNLOAD_SECONDS = 20
 DOWNLOAD_BYTES = 64 * 2**20
 _SHOWN_CHARACTERS = 120
+
+
+def as_list(images) -> list:
+    """One image given by itself is not the sequence that Python takes it for."""
+    alone = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray)) or hasattr(images, "read")
+    if alone or isinstance(images, torch.Tensor) and images.dim() == 2:
+        return [images]
+    return [] if images is None else list(images)
 
 
 def load_image(source) -> Image.Image:

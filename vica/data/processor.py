@@ -16,7 +16,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from ..errors import ViCAError
 from .conversation import get_template
-from .images import load_image, pad_to_square
+from .images import as_list, load_image, pad_to_square
 from .messages import is_batch, read_messages, shorten, sources_or_none
 from .tokenizer import IMAGE_MARK, load_tokenizer, restore_llama_ids, tokenize_prompt
 
@@ -218,9 +218,10 @@ class ViCAProcessor(ProcessorMixin):
         features = self(text=prompts, images=sources_or_none(images), **options)
         return features if return_dict else features["input_ids"]
 
-    def ask(self, question: str, images: Iterable = ()) -> BatchFeature:
-        """The model's inputs for one question about some images."""
-        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    def ask(self, question: str, images=()) -> BatchFeature:
+        """The model's inputs for one question about some images, or about one, which needs no list around it."""
+        content = [{"type": "image", "image": image} for image in as_list(images)]
+        content.append({"type": "text", "text": question})
         return self.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
         )

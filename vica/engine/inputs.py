@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from ..data.conversation import get_template
-from ..data.images import load_image
+from ..data.images import as_list, load_image
 from ..data.messages import read_messages
 from ..data.processor import ViCAProcessor
 from ..data.tokenizer import IMAGE_MARK
 from ..errors import ViCAError
 from .hashing import digest, digest_tensor
 from .layout import Layout, lay_out
-from .request import Request, as_list
+from .request import Request
 
 SETTLED = 2 * 10**9  # ns after a change from which on another would have another time, however coarse the clock
 HEADS, LONGEST_HEAD = 64, 4096  # beginnings of prompts whose ids are kept, and characters of one

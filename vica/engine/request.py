@@ -1,14 +1,10 @@
 """What is asked of the engine, and what it answers."""
 
-import os
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
+from ..data.images import as_list
 from ..data.messages import shorten
 from ..errors import ViCAError
 
@@ -69,14 +65,6 @@ class Request:
 def is_whole(value) -> bool:
     """numpy's numbers too; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def as_list(images) -> list:
-    """One image given by itself is not the sequence that Python takes it for."""
-    alone = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray)) or hasattr(images, "read")
-    if alone or isinstance(images, torch.Tensor) and images.dim() == 2:
-        return [images]
-    return [] if images is None else list(images)
 
 
 class Token(int):
