@@ -166,7 +166,7 @@ def test_bad_pictures(model, picture, tmp_path, capsys, name, content, message):
         (["--top-k", "-2"], "top_k is -2"),
         (["--stop", ""], "stop is ['']"),
         (["--seed", str(2**70)], f"seed is {2**70}"),
-        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--config", "nowhere.json"], "config 'nowhere.json' is no file; configs/ holds"),
     ],
 )
 def test_bad_options_are_one_line(model, capsys, arguments, message):

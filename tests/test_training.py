@@ -371,6 +371,7 @@ def test_too_many_broken_samples(root, tmp_path, broken, capsys):
         (dict(t2v_layers="[0, 9]"), "9"),
         (dict(pretrain_mm_mlp_adapter="nowhere.bin"), "nowhere.bin is no file"),
         (dict(mm_patch_merge_type="spatial"), "--mm_patch_merge_type is 'spatial'; only 'flat'"),
+        (dict(config="nowhere.json"), "config 'nowhere.json' is no file"),
         (dict(version="v9"), "unknown conversation template 'v9'"),
         (dict(no_such_flag=1), "--no_such_flag"),
         (dict(eval_strategy="steps"), "there is no evaluation while training"),

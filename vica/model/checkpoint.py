@@ -75,6 +75,13 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_recipe(path: str | os.PathLike) -> dict:
+    """A file of configs/."""
+    if not Path(path).is_file():
+        raise ViCAError(f"config {str(path)!r} is no file; configs/ holds those of the published models")
+    return read_json(Path(path))
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +111,7 @@ def apply_settings(
         config.vision_config = tower_config(config.mm_vision_tower, cache_dir)
         config.mm_hidden_size = config.vision_config.hidden_size
     if recipe is not None:
-        named = read_json(Path(recipe))
+        named = read_recipe(recipe)
         t2v_layers = named.get("t2v_layers") if t2v_layers is None else t2v_layers
         config.freeze_prefix = named.get("freeze_prefix", config.freeze_prefix)
     config.variant = variant or config.variant

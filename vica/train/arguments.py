@@ -2,13 +2,12 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import ViCAError
-from ..model.checkpoint import read_json
+from ..model.checkpoint import read_recipe
 from ..model.plan import VARIANTS
 from .stages import STAGES
 
@@ -51,7 +50,7 @@ class ModelArguments:
     def __post_init__(self):
         if self.config is None:
             return
-        recipe = read_json(Path(self.config))
+        recipe = read_recipe(self.config)
         self.model_name_or_path = self.model_name_or_path or recipe.get("language_model")
         self.vision_tower = self.vision_tower or recipe.get("vision_tower")
 
