@@ -377,6 +377,8 @@ def test_no_folder_no_config_no_weights_no_json(tmp_path, original):
     fails(tmp_path, "holds no config.json")
     (tmp_path / "config.json").write_text(json.dumps({**FLAT, "vision_config": tiny_vision()}))
     fails(tmp_path, "holds no weights")
+    (tmp_path / "mm_projector.bin").touch()
+    fails(tmp_path, "stage 1's projector alone: give it to stage 2 by --pretrain_mm_mlp_adapter")
     (tmp_path / "config.json").write_text("{")
     fails(tmp_path, "cannot be read as JSON")
     fails("someone/some-model", "cannot be had from the hub")

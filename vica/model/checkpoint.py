@@ -163,6 +163,10 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
     if holds_adapters(folder):
         raise ViCAError(f"{folder} holds adapters: merge them into their base with vica convert {folder} DST --to vica")
+    if (folder / PROJECTOR_FILE).is_file():
+        raise ViCAError(
+            f"{folder} holds stage 1's projector alone: give it to stage 2 by --pretrain_mm_mlp_adapter {folder}"
+        )
     raise ViCAError(f"{folder} holds no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or in shards")
 
 
