@@ -209,6 +209,14 @@ def test_every_verb_has_help(verb, capsys):
     assert stop.value.code == 0 and "usage: vica " + verb in capsys.readouterr().out
 
 
+def test_help_tells_what_an_answer_is_limited_to_unless_asked(capsys):
+    with pytest.raises(SystemExit):
+        main(["ask", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for default in ("--max-new-tokens N (default: 512)", "0: greedy (default: 0.0)", "0: all tokens (default: 0)"):
+        assert default in told
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chat_answers_as_the_plain_model_does(model, picture, variant):
     """Each turn's answer equals generate's on all tokens so far, with the end mark of answers that were cut off."""

@@ -11,6 +11,8 @@ from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
 from ..model.plan import VARIANTS, parse_prefix_rule
 
+DEFAULT = "(default: %(default)s)"  # argparse fills it in
+
 
 def add_wiring(parser: argparse.ArgumentParser, variant: str | None = None) -> None:
     """`variant` given: the verb leaves no choice of it."""
@@ -34,11 +36,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
-    group.add_argument("--max-new-tokens", type=int, default=Request.max_new_tokens, metavar="N")
-    group.add_argument("--temperature", type=float, default=Request.temperature, help="0: greedy")
-    group.add_argument("--top-p", type=float, default=Request.top_p)
-    group.add_argument("--top-k", type=int, default=Request.top_k, help="0: all tokens")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--max-new-tokens", type=int, default=Request.max_new_tokens, metavar="N", help=DEFAULT)
+    group.add_argument("--temperature", type=float, default=Request.temperature, help=f"0: greedy {DEFAULT}")
+    group.add_argument("--top-p", type=float, default=Request.top_p, help=DEFAULT)
+    group.add_argument("--top-k", type=int, default=Request.top_k, help=f"0: all tokens {DEFAULT}")
+    group.add_argument("--seed", type=int, default=0, help=DEFAULT)
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; again for several"
     )

@@ -40,10 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m vica.toy.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower-steps", type=int, default=8000, metavar="N")
-    parser.add_argument("--language-steps", type=int, default=2500, metavar="N")
-    parser.add_argument("--pictures", type=int, default=80000, metavar="N", help="that the tower learns from")
-    parser.add_argument("--batch", type=int, default=512, help="pictures a step; a quarter as many texts of 256 tokens")
+    parser.add_argument("--tower-steps", type=int, default=8000, metavar="N", help="(default: 8000)")
+    parser.add_argument("--language-steps", type=int, default=2500, metavar="N", help="(default: 2500)")
+    parser.add_argument(
+        "--pictures", type=int, default=80000, metavar="N", help="that the tower learns from (default: 80000)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=512,
+        help="pictures a step, and a quarter as many texts of 256 tokens (default: 512)",
+    )
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
