@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from vica.engine import Engine
 from vica.errors import ViCAError
-from vica.eval.answering import answerer, by_engine
+from vica.eval.answering import answerer, by_engine, by_model
 from vica.eval.answers import FINAL, AnswerFiles, read_answers
 from vica.eval.ranks import Ranks
 from vica.eval.report import baseline_rows, cells, save, summarise
@@ -318,6 +319,22 @@ def test_mask_and_accel_answer_alike(world, model, tmp_path):
     for name, answer in (("accel", answerer(accel, processor)), ("mask", answerer(mask, processor))):
         run(tmp_path / name, world, answer)
     assert (tmp_path / "mask" / FINAL).read_bytes() == (tmp_path / "accel" / FINAL).read_bytes()
+
+
+def test_the_referee_refuses_what_the_engine_refuses(model, tmp_path):
+    """A prompt that is longer than the model or no text; and an answer for which the model has too little room."""
+    accel, processor = model
+    window = accel.config.text_config.max_position_embeddings
+    taken = len(processor.ask("What?")["input_ids"][0])
+    fits = "What?" + "?" * (window - taken - 1)
+    assert len(processor.ask(fits)["input_ids"][0]) == window - 1
+    texts = ["What?", "What? " * window, "half a pair \ud83d", fits]
+    questions = [Question(n, text, None, {"answer": ""}) for n, text in enumerate(texts)]
+    lines = []
+    for name, answer in (("accel", answerer(accel, processor)), ("mask", partial(by_model, accel, processor))):
+        run(tmp_path / name, questions, answer)
+        lines.append(read_answers(tmp_path / name / FINAL))
+    assert lines[0] == lines[1] and ["error" in line for line in lines[0].values()] == [False, True, True, False]
 
 
 def test_options_reach_the_requests(world, model):

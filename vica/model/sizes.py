@@ -18,3 +18,8 @@ def visual_tokens(config: ViCAConfig) -> int:
         return 0
     patches = (vision.image_size // vision.patch_size) ** 2
     return patches + (config.mm_vision_select_feature == "cls_patch" and vision.model_type == "clip_vision_model")
+
+
+def positions(config: ViCAConfig, ids: list[int]) -> int:
+    """That a prompt takes: a placeholder as many as its image has visual tokens."""
+    return len(ids) + (visual_tokens(config) - 1) * ids.count(config.image_token_index)
