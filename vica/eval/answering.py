@@ -7,7 +7,7 @@ import torch
 from ..data.images import load_image
 from ..engine import Engine, Request
 from ..errors import ViCAError
-from ..model.sizes import positions
+from ..model.sizes import room_for_answer
 from .task import Question, StoredImage
 
 Answered = tuple[Question, str | None, str | None]  # the question, its answer, or why there is none
@@ -51,13 +51,6 @@ def by_model(model, processor, questions: Iterable[Question], tokens: int) -> It
         with torch.inference_mode():
             ids = model.generate(**inputs.to(model.device), max_new_tokens=min(tokens, room), do_sample=False)
         yield question, processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), None
-
-
-def room_for_answer(config, prompt: list[int]) -> int:
-    taken, most = positions(config, prompt), config.text_config.max_position_embeddings
-    if taken > most:
-        raise ViCAError(f"the prompt takes {taken} positions, the model has {most}")
-    return most - taken + 1  # the last token takes none
 
 
 def sources(question: Question) -> list:
