@@ -190,6 +190,21 @@ def test_a_restart_killed_midway_does_not_mix(world, tmp_path, monkeypatch):
     assert held >= 2
 
 
+def test_a_restart_leaves_no_file_to_be_submitted(world, tmp_path):
+    def submit(questions, answers, folder) -> Path:
+        path = folder / "answers.xlsx"
+        path.write_text("of these answers")
+        return path
+
+    task = replace(TASK, submit=submit)
+    (tmp_path / "mine.txt").write_text("not the run's")
+    run_task(task, world, instant, tmp_path, {}, Ranks())
+    assert (tmp_path / "answers.xlsx").exists()
+    with pytest.raises(RuntimeError, match="power"):
+        run_task(task, world, dies_after(3), tmp_path, {}, Ranks(), restart=True)
+    assert not (tmp_path / "answers.xlsx").exists() and (tmp_path / "mine.txt").exists()
+
+
 class TwoMachines(Ranks):
     """Two processes that take turns: each has its own folder, and none sees the other's files."""
 
