@@ -281,10 +281,20 @@ def test_a_chat_grown_too_long_goes_on(model, picture, monkeypatch, capsys):
     assert got.err.count("\n") == 2 and all("positions" in line for line in got.err.splitlines())
 
 
-def test_a_question_too_long(model, capsys):
-    assert ask(model, "long " * 2048) == 1
+@pytest.mark.parametrize("variant", ["accel", "mask"])
+def test_a_question_too_long(model, variant, capsys):
+    assert ask(model, "long " * 2048, "--variant", variant) == 1
     got = capsys.readouterr()
     assert got.out == "" and "the model has 2048" in got.err and got.err.count("\n") == 1
+
+
+def test_an_answer_ends_with_the_models_positions(model, capsys):
+    taken = len(vica.load(model, device="cpu")[1].ask("What?")["input_ids"][0])
+    said = []
+    for variant in ("accel", "mask"):
+        assert ask(model, "What?" + "?" * (2047 - taken), "--variant", variant) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != "\n"
 
 
 def test_chat_as_a_program(model, picture):

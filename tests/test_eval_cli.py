@@ -47,6 +47,30 @@ def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
     assert evaluate("pope", model, data, out) == 0
 
 
+def test_files_of_other_contents_are_one_line(tmp_path, capsys):
+    """As where another file has got the name, such as the questions of a split without answers."""
+    data = write_data(tmp_path / "data")
+    wrong = [
+        ("vqav2", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "[]"),
+        ("vqav2", "vqav2/v2_mscoco_val2014_annotations.json", '{"annotations": [{}]}'),
+        ("vqav2 --split test-dev", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '{"question_id": 1}\n'),
+        ("textvqa", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "[1]\n"),
+        ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '{"data": [{"image_id": "x", "question": "y"}, 3]}'),
+        ("sqa", "scienceqa/pid_splits.json", "{}"),
+        ("sqa", "scienceqa/problems.json", "3"),
+        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", f"index\tquestion\timage\tA\tB\n\t\t{'x' * 99}\ta\tb\n"),
+        ("mmbench", "mmbench/mmbench_dev_20230712.tsv", f"index\tquestion\timage\tA\tB\n1\t?\r\r?\t{'x' * 99}\ta\tb\n"),
+        ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", '{"question_id": [], "image": "a", "text": "b"}\n'),
+    ]
+    for tasks, file, text in wrong:
+        whole = (data / file).read_bytes()
+        (data / file).write_text(text)
+        assert evaluate(tasks, "no/model/at/all", data, tmp_path) == 1, file
+        said = capsys.readouterr().err
+        assert said.startswith("vica eval: ") and said.count("\n") == 1 and str((data / file).parent) in said, said
+        (data / file).write_bytes(whole)
+
+
 def test_answers_of_other_weights_in_the_same_folder_are_not_taken(data, tmp_path, capsys):
     """As of a checkpoint that was trained on, or made anew."""
     model, out = save(tmp_path / "model"), tmp_path / "out"

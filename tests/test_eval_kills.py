@@ -11,7 +11,7 @@ import pytest
 from tests.evaluation import model_and_data
 from tests.forks import start
 from vica.cli.main import main
-from vica.eval.answers import FINAL, PARTS
+from vica.eval.answers import FINAL, PARTS, held
 
 TASKS = ("pope", "mme")
 
@@ -108,6 +108,36 @@ def test_a_refusal_is_one_line_a_process(ground, tmp_path):
     assert len(said) == 2 and all(line.startswith("vica eval: ") for line in said)
     assert sum("holds answers of another run: model " in line for line in said) == 1
     assert sum("process 2 of 2 stops, because another one has" in line for line in said) == 1
+
+
+def late_in_the_first() -> None:
+    import os
+    import time
+
+    import vica.eval.answers as answers
+
+    if os.environ["RANK"] == "0":
+        folder_of_its_own = answers.held
+
+        def held_late(folder):
+            time.sleep(1)
+            return folder_of_its_own(folder)
+
+        answers.held = held_late
+
+
+def test_a_restart_beside_another_run_drops_nothing_of_it(ground, tmp_path):
+    """The process that finds it out may be the last to get there."""
+    part = tmp_path / "out" / TASKS[0] / PARTS.replace("*", "0000")
+    with held(part.parent):
+        part.write_text("{}\n")
+        argv = [*command(ground, tmp_path / "out"), "--restart"]
+        run = start(argv, tmp_path / "out.log", 2, sabotage=late_in_the_first, program=main)
+        for process in run.ranks:
+            process.join(60)
+        assert [process.exitcode for process in run.ranks] == [1, 1]
+        assert part.exists()
+    assert "is being written by another run" in (tmp_path / "out.log").read_text()
 
 
 def test_a_process_that_fails_ends_the_run(ground, tmp_path):

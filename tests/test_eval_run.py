@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from vica.engine import Engine
 from vica.errors import ViCAError
-from vica.eval.answering import answerer, by_engine
+from vica.eval.answering import answerer, by_engine, by_model
 from vica.eval.answers import FINAL, AnswerFiles, read_answers
 from vica.eval.ranks import Ranks
 from vica.eval.report import baseline_rows, cells, save, summarise
@@ -189,6 +190,21 @@ def test_a_restart_killed_midway_does_not_mix(world, tmp_path, monkeypatch):
     assert held >= 2
 
 
+def test_a_restart_leaves_no_file_to_be_submitted(world, tmp_path):
+    def submit(questions, answers, folder) -> Path:
+        path = folder / "answers.xlsx"
+        path.write_text("of these answers")
+        return path
+
+    task = replace(TASK, submit=submit)
+    (tmp_path / "mine.txt").write_text("not the run's")
+    run_task(task, world, instant, tmp_path, {}, Ranks())
+    assert (tmp_path / "answers.xlsx").exists()
+    with pytest.raises(RuntimeError, match="power"):
+        run_task(task, world, dies_after(3), tmp_path, {}, Ranks(), restart=True)
+    assert not (tmp_path / "answers.xlsx").exists() and (tmp_path / "mine.txt").exists()
+
+
 class TwoMachines(Ranks):
     """Two processes that take turns: each has its own folder, and none sees the other's files."""
 
@@ -318,6 +334,22 @@ def test_mask_and_accel_answer_alike(world, model, tmp_path):
     for name, answer in (("accel", answerer(accel, processor)), ("mask", answerer(mask, processor))):
         run(tmp_path / name, world, answer)
     assert (tmp_path / "mask" / FINAL).read_bytes() == (tmp_path / "accel" / FINAL).read_bytes()
+
+
+def test_the_referee_refuses_what_the_engine_refuses(model, tmp_path):
+    """A prompt that is longer than the model or no text; and an answer for which the model has too little room."""
+    accel, processor = model
+    window = accel.config.text_config.max_position_embeddings
+    taken = len(processor.ask("What?")["input_ids"][0])
+    fits = "What?" + "?" * (window - taken - 1)
+    assert len(processor.ask(fits)["input_ids"][0]) == window - 1
+    texts = ["What?", "What? " * window, "half a pair \ud83d", fits]
+    questions = [Question(n, text, None, {"answer": ""}) for n, text in enumerate(texts)]
+    lines = []
+    for name, answer in (("accel", answerer(accel, processor)), ("mask", partial(by_model, accel, processor))):
+        run(tmp_path / name, questions, answer)
+        lines.append(read_answers(tmp_path / name / FINAL))
+    assert lines[0] == lines[1] and ["error" in line for line in lines[0].values()] == [False, True, True, False]
 
 
 def test_options_reach_the_requests(world, model):

@@ -17,13 +17,13 @@ D. Four
 Answer with the option's letter from the given choices directly."""
 
 
-def published(id, answer, type, data_id, data_type="image"):
+def published(id, answer, type, data_id, data_type="image", words="How many towels are in the image?"):
     options = dict(choice_a="One", choice_b="Two", choice_c="Three", choice_d="Four")
     return options | dict(
         answer=answer,
         data_id=data_id,
         data_type=data_type,
-        question="How many towels are in the image?",
+        question=words,
         question_id=id,
         question_type_id=type,
     )
@@ -41,21 +41,19 @@ QUESTIONS = [
 def folder(tmp_path):
     types = {name: number for number, name in enumerate([*TYPES, "Action Recognition"], 1)}
     write(tmp_path / "SEED-Bench.json", json.dumps(dict(questions=QUESTIONS, question_type=types)))
-    write_lines(
-        tmp_path / "llava-seed-bench.jsonl",
-        [
-            dict(
-                question_id=int(held["question_id"]) if held["question_id"].isdigit() else held["question_id"],
-                image=("SEED-Bench-image/" if held["data_type"] == "image" else "SEED-Bench-video-image/")
-                + held["data_id"],
-                text=PROMPT,
-                category=held["question_type_id"],
-            )
-            for held in QUESTIONS
-        ],
-    )
+    write_lines(tmp_path / "llava-seed-bench.jsonl", [line(held) for held in QUESTIONS])
     (tmp_path / "SEED-Bench-image").mkdir()
     return tmp_path
+
+
+def line(held):
+    """As LLaVA's file has a question."""
+    return dict(
+        question_id=int(held["question_id"]) if held["question_id"].isdigit() else held["question_id"],
+        image=("SEED-Bench-image/" if held["data_type"] == "image" else "SEED-Bench-video-image/") + held["data_id"],
+        text=PROMPT.replace(QUESTIONS[0]["question"], held["question"]),
+        category=held["question_type_id"],
+    )
 
 
 def test_files(folder):
@@ -80,6 +78,25 @@ def test_hub(folder, monkeypatch, tmp_path):
     assert without_pictures(questions) == without_pictures(TASK.read(folder, "test"))
     assert questions[0].image_key == questions[1].image_key != questions[2].image_key
     assert questions[2].image.read() == picture(2)
+
+
+@pytest.mark.parametrize("other", [dict(words="What is it?"), dict(data_id="another")])
+def test_two_questions_of_one_id(other, folder, monkeypatch, tmp_path):
+    """Each is asked, and has the answer and type of its own, in whatever order the two files name them."""
+    second = published(**dict(id="101669", answer="C", type=3, data_id="1454426_2591111986") | other)
+    file = json.loads((folder / "SEED-Bench.json").read_text())
+    write(folder / "SEED-Bench.json", json.dumps({**file, "questions": [second, *QUESTIONS]}))
+    lines = folder / "llava-seed-bench.jsonl"
+    lines.write_text(lines.read_text() + json.dumps(line(second)) + "\n")
+    questions = TASK.read(folder, "test")
+    assert [question.id for question in questions] == [101669, 101670, "v9", "101669#2"]
+    assert [question.gold["answer"] for question in questions] == ["A", "B", "D", "C"]
+    assert questions[3].gold["type"] == TYPES[2] and questions[3].image == folder / line(second)["image"]
+    rows = [held | dict(image=[picture(place)], segment=[]) for place, held in enumerate([*QUESTIONS, second])]
+    local_hub(monkeypatch, tmp_path, {("lmms-lab/SEED-Bench", None, "test"): rows})
+    assert without_pictures(TASK.read_hub("test")) == without_pictures(questions)
+    lines.write_text(lines.read_text().replace(json.dumps(line(second)), ""))  # LLaVA's file may have but one line
+    assert without_pictures(TASK.read(folder, "test")) == without_pictures(questions[:3])
 
 
 def test_missing_files(folder):

@@ -181,6 +181,20 @@ def test_a_question_that_cannot_be_asked_stops_the_score(asked, tmp_path, capsys
     assert not (tmp_path / "score.json").exists()
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--limit", "0"], "--limit is 0; it must be 1 at least"),
+        (["--limit", "-1"], "--limit is -1"),
+        (["--limit", "1", "--json", "no/folder/score.json"], "no/folder/score.json"),
+    ],
+)
+def test_flags_that_cannot_be_followed(asked, capsys, options, told):
+    assert score(asked, *options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vica.toy.evaluate: ") and told in line
+
+
 def test_a_world_that_is_not_there(asked, tmp_path, capsys):
     (tmp_path / "model").symlink_to(asked / "model")
     assert score(tmp_path) == 1
@@ -269,3 +283,11 @@ def test_runs_that_are_missing_are_told(runs, tmp_path, capsys, missing, told):
     assert claim.main([str(runs if missing else runs / "nowhere"), "--out", str(tmp_path / "claim")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vica.toy.claim: ") and told in line and not (tmp_path / "claim").exists()
+
+
+@pytest.mark.parametrize("name", ["old", "vica-old", "-0"])
+def test_a_folder_that_is_no_run_is_told(runs, tmp_path, capsys, name):
+    (runs / "vica-1").rename(runs / name)
+    assert claim.main([str(runs), "--out", str(tmp_path / "claim")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vica.toy.claim: ") and f"{runs / name} holds a score.json, but its name" in line

@@ -79,6 +79,7 @@ def run(args) -> None:
             check_folder(task, questions[task.name], out / task.name, about)
         for task in tasks if ranks.first else ():
             folders.enter_context(held(out / task.name))
+        ranks.wait()  # the others drop and write nothing in folders that the first has not got
         answer, outcomes = answerer(model, processor, args.max_batch), []
         for task in tasks:
             outcome = run_task(

@@ -8,6 +8,7 @@ from ..data.tokenizer import IMAGE_MARK
 from ..engine import Engine, Request
 from ..engine.text import TextStream
 from ..errors import ViCAError
+from ..model.sizes import room_for_answer
 
 
 class Talk:
@@ -46,7 +47,7 @@ class Talk:
         return request.result.tokens
 
     def _plain(self, request: Request, write) -> list[int]:
-        stream = TextStream(self.processor, request.stops)
+        stream, room = TextStream(self.processor, request.stops), room_for_answer(self.model.config, request.prompt)
 
         def after_each_token(ids, scores, **_):
             write(stream.push(int(ids[0, -1])))
@@ -60,7 +61,7 @@ class Talk:
             ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=None if pixels is None else pixels.to(ids.device),
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=min(request.max_new_tokens, room),
             do_sample=request.temperature > 0,
             num_beams=1,
             stopping_criteria=[after_each_token],

@@ -7,6 +7,7 @@ import torch
 from ..data.images import load_image
 from ..engine import Engine, Request
 from ..errors import ViCAError
+from ..model.sizes import room_for_answer
 from .task import Question, StoredImage
 
 Answered = tuple[Question, str | None, str | None]  # the question, its answer, or why there is none
@@ -39,14 +40,16 @@ def by_engine(engine: Engine, questions: Iterable[Question], tokens: int, **opti
 
 
 def by_model(model, processor, questions: Iterable[Question], tokens: int) -> Iterator[Answered]:
+    """With the engine's errors and ends: what it refuses would be answered beyond the model's positions here."""
     for question in questions:
         try:
             inputs = processor.ask(question.prompt, [load_image(source) for source in sources(question)])
-        except ViCAError as error:
-            yield question, None, str(error)
+            room = room_for_answer(model.config, inputs["input_ids"][0].tolist())
+        except Exception as error:  # whatever one question's content raises, the others go on
+            yield question, None, " ".join(str(error).split()) or type(error).__name__
             continue
         with torch.inference_mode():
-            ids = model.generate(**inputs.to(model.device), max_new_tokens=tokens, do_sample=False)
+            ids = model.generate(**inputs.to(model.device), max_new_tokens=min(tokens, room), do_sample=False)
         yield question, processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), None
 
 

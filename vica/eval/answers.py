@@ -46,7 +46,7 @@ class AnswerFiles:
 
     def restart(self) -> None:
         """Drops all that is there, its settings last: killed in between, what is left is still known for what it is."""
-        for name in (*self._parts(), FINAL, RESULT, SETTINGS):
+        for name in (*self._parts(), FINAL, *self._submission(), RESULT, SETTINGS):
             (self.folder / name).unlink(missing_ok=True)
 
     def claim(self, settings: dict) -> None:
@@ -98,6 +98,13 @@ class AnswerFiles:
             self.file.close()
         for part in self._parts():
             part.unlink(missing_ok=True)
+
+    def _submission(self) -> list[str]:
+        """The name of the file for the benchmark's server, which would be taken for the new answers'."""
+        try:
+            return [Path(json.loads((self.folder / RESULT).read_bytes())["submission"]).name]
+        except (OSError, ValueError, LookupError, TypeError):  # there is none
+            return []
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PARTS))

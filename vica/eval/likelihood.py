@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.conversation import get_template
 from ..errors import ViCAError
 from ..model.loss import IGNORE, scored_rows
-from ..model.sizes import visual_tokens
+from ..model.sizes import positions
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def mark_answer(ids: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def check_lengths(config, rows) -> None:
-    more, most = visual_tokens(config) - 1, config.text_config.max_position_embeddings
-    longest = max(len(ids) + more * ids.count(config.image_token_index) for ids, _ in rows)
+    longest, most = max(positions(config, ids) for ids, _ in rows), config.text_config.max_position_embeddings
     if longest > most:
         raise ViCAError(f"a question takes {longest} positions with its answer, the model has {most}")
 

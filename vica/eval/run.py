@@ -1,5 +1,6 @@
 """One benchmark from its questions to its score."""
 
+import csv
 import hashlib
 import json
 import os
@@ -136,10 +137,16 @@ def digest(questions: Sequence[Question]) -> str:
 
 def read_questions(task: Task, root: Path | None, split: str | None, limit: int | None) -> list[Question]:
     """From LLaVA's folders under `root`, or from the hub where that is None."""
-    split = task.check_split(split)
-    questions = task.read_hub(split) if root is None else task.read(root / task.folder, split)
+    split, place = task.check_split(split), "the hub" if root is None else root / task.folder
+    try:
+        questions = task.read_hub(split) if root is None else task.read(place, split)
+    except ViCAError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:  # another file, or an empty field
+        told = f"{type(error).__name__} {error}"
+        raise ViCAError(f"{task.title}'s questions in {place} are not as published: {told}") from error
     if not questions:
-        raise ViCAError(f"{task.title} has no questions in {root / task.folder if root else 'the hub'}")
+        raise ViCAError(f"{task.title} has no questions in {place}")
     questions = questions[:limit]
     check_ids(questions)  # before a model is loaded and hours are spent on them
     return questions

@@ -1,6 +1,10 @@
-"""SEED-Bench's questions about images: one of four options, of nine types. Those about videos are left out."""
+"""SEED-Bench's questions about images: one of four options, of nine types. Those about videos are left out.
 
-from collections.abc import Sequence
+An id may be that of two questions: the authors' own answers to the 14,233 have 14,232 ids. The second is told by #2."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ViCAError
@@ -17,21 +21,23 @@ PICTURES = QUESTIONS.replace(".json", "-image.zip") + " && unzip {folder}/SEED-B
 
 
 def read(folder: Path, split: str) -> list[Question]:
-    gold, path = _gold(folder / "SEED-Bench.json"), folder / "llava-seed-bench.jsonl"
+    known, path = _known(folder / "SEED-Bench.json"), folder / "llava-seed-bench.jsonl"
     need(folder / "SEED-Bench-image", PICTURES.format(folder=folder))
-    questions = [
-        Question(_id(id), text, folder / image, gold.pop(_id(id)))
-        for id, image, text in records(path, eval_zip(folder), "question_id", "image", "text")
-        if _id(id) in gold
-    ]
-    if gold:
-        raise ViCAError(f"{path} leaves out {len(gold)} questions of SEED-Bench.json: {listed(list(gold))}")
-    return questions
+    questions = []
+    for id, image, text in records(path, eval_zip(folder), "question_id", "image", "text"):
+        if named := known.get(_id(id)):
+            mine = next((one for one in named if image.endswith(one[0]) and text.startswith(one[1])), named[0])
+            named.remove(mine)
+            questions.append(Question(_id(id), text, folder / image, mine[2]))
+    asked = {question.id for question in questions}
+    if left := [id for id in known if id not in asked]:
+        raise ViCAError(f"{path} leaves out {len(left)} questions of SEED-Bench.json: {listed(left)}")
+    return _told_apart(questions)
 
 
 def read_hub(split: str) -> list[Question]:
     rows = hub_rows("lmms-lab/SEED-Bench", split)
-    return [
+    return _told_apart(
         Question(
             _id(row["question_id"]),
             prompt(row["question"], [row[f"choice_{letter}"] for letter in "abcd"]),
@@ -40,7 +46,7 @@ def read_hub(split: str) -> list[Question]:
         )
         for number, row in enumerate(rows.remove_columns("image"))
         if row["data_type"] == "image"
-    ]
+    )
 
 
 def prompt(question: str, options: list[str]) -> str:
@@ -65,18 +71,28 @@ def _count(questions: Sequence[Question], answers: Answers) -> dict:
     return dict(questions=len(questions), right=right, accuracy=percent(right, len(questions)))
 
 
-def _gold(path: Path) -> dict[int | str, dict]:
-    """Of the questions about images, by id."""
-    told = read_json(path, QUESTIONS.format(folder=path.parent))
+def _known(path: Path) -> dict[int | str, list[tuple[str, str, dict]]]:
+    """The questions about images by id: of each its picture, its words, and what the scorer needs to know."""
+    get = QUESTIONS.format(folder=path.parent)
+    told, known = read_json(path, get), {}
     try:
         names = {number: name for name, number in told["question_type"].items()}
-        return {
-            _id(question["question_id"]): dict(answer=question["answer"], type=names[question["question_type_id"]])
-            for question in told["questions"]
-            if question["data_type"] == "image"
-        }
+        for one in told["questions"]:
+            if one["data_type"] == "image":
+                gold = dict(answer=one["answer"], type=names[one["question_type_id"]])
+                known.setdefault(_id(one["question_id"]), []).append((one["data_id"], one["question"], gold))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ViCAError(f"{path} is not SEED-Bench.json as published: {error} is amiss. {QUESTIONS}") from error
+        raise ViCAError(f"{path} is not SEED-Bench.json as published: {error} is amiss. {get}") from error
+    return known
+
+
+def _told_apart(questions: Iterable[Question]) -> list[Question]:
+    times, apart = Counter(), []
+    for question in questions:
+        times[question.id] += 1
+        count = times[question.id]
+        apart.append(question if count == 1 else replace(question, id=f"{question.id}#{count}"))
+    return apart
 
 
 def _id(id: int | str) -> int | str:

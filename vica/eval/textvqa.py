@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ViCAError
-from .data import hub_rows, read_json, read_lines, stored_image
-from .llava import SHORT_ANSWER, eval_zip
+from .data import hub_rows, read_json, stored_image
+from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, percent
 from .vqa_text import textvqa_accuracy
 
@@ -21,17 +21,17 @@ def read(folder: Path, split: str) -> list[Question]:
     annotated = {
         (one["image_id"], one["question"].lower()): one for one in read_json(folder / ANNOTATIONS, get)["data"]
     }
-    return [_question(folder, line, annotated) for line in read_lines(folder / QUESTIONS, eval_zip(folder))]
-
-
-def _question(folder: Path, line: dict, annotated: dict[tuple[str, str], dict]) -> Question:
     # In this file question_id names the picture: the words of the question tell which one of its questions is meant.
-    asked = next((part for part in line["text"].split("\n") if not part.startswith(OCR)), "")
-    one = annotated.get((line["question_id"], asked.lower()))
+    asked = records(folder / QUESTIONS, eval_zip(folder), "question_id", "text", "image")
+    return [_question(folder, *each, annotated) for each in asked]
+
+
+def _question(folder: Path, picture: str, text: str, image: str, annotated: dict[tuple[str, str], dict]) -> Question:
+    asked = next((part for part in text.split("\n") if not part.startswith(OCR)), "")
+    one = annotated.get((picture, asked.lower()))
     if one is None:
-        raise ViCAError(f"{folder / ANNOTATIONS} has no question {asked!r} for picture {line['question_id']}")
-    gold = {"answers": one["answers"]}
-    return Question(one["question_id"], line["text"], folder / "train_images" / line["image"], gold)
+        raise ViCAError(f"{folder / ANNOTATIONS} has no question {asked!r} for picture {picture}")
+    return Question(one["question_id"], text, folder / "train_images" / image, {"answers": one["answers"]})
 
 
 def read_hub(split: str) -> list[Question]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ViCAError
-from .data import hub_rows, need, read_json, read_lines, stored_image
-from .llava import SHORT_ANSWER, eval_zip
+from .data import hub_rows, need, read_json, stored_image
+from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
 from .vqa_text import evalai_answer, vqa_accuracy
 
@@ -52,8 +52,8 @@ def _read_val(folder: Path) -> list[Question]:
 def _read_test_dev(folder: Path) -> list[Question]:
     need(folder / WHOLE_TEST, eval_zip(folder))  # now, not after hours of answers
     return [
-        Question(line["question_id"], line["text"], folder / "test2015" / line["image"], {"whole_test": str(folder)})
-        for line in read_lines(folder / TEST_DEV, eval_zip(folder))
+        Question(id, text, folder / "test2015" / image, {"whole_test": str(folder)})
+        for id, text, image in records(folder / TEST_DEV, eval_zip(folder), "question_id", "text", "image")
     ]
 
 
@@ -104,7 +104,7 @@ def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Pat
     if not all("whole_test" in one.gold for one in questions):
         return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
     whole = Path(questions[0].gold["whole_test"]) / WHOLE_TEST
-    given = {line["question_id"]: "" for line in read_lines(whole, eval_zip(whole.parent))}
+    given = {id: "" for (id,) in records(whole, eval_zip(whole.parent), "question_id")}
     if strays := [one.id for one in questions if one.id not in given]:
         raise ViCAError(f"{whole} lacks questions that were answered: {listed(strays)}")
     return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})

@@ -1,5 +1,6 @@
 """What an image and a token take, by the config alone."""
 
+from ..errors import ViCAError
 from .config import ViCAConfig
 
 
@@ -18,3 +19,16 @@ def visual_tokens(config: ViCAConfig) -> int:
         return 0
     patches = (vision.image_size // vision.patch_size) ** 2
     return patches + (config.mm_vision_select_feature == "cls_patch" and vision.model_type == "clip_vision_model")
+
+
+def positions(config: ViCAConfig, ids: list[int]) -> int:
+    """That a prompt takes: a placeholder as many as its image has visual tokens."""
+    return len(ids) + (visual_tokens(config) - 1) * ids.count(config.image_token_index)
+
+
+def room_for_answer(config: ViCAConfig, prompt: list[int]) -> int:
+    """Tokens that the model has positions for, which `generate` alone does not heed."""
+    taken, most = positions(config, prompt), config.text_config.max_position_embeddings
+    if taken > most:
+        raise ViCAError(f"the prompt takes {taken} positions, the model has {most}")
+    return most - taken + 1  # the last token takes none

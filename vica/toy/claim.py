@@ -43,7 +43,9 @@ def read_runs(folder: Path) -> list[dict]:
 
 
 def read_run(folder: Path) -> dict:
-    name, seed = folder.name.rsplit("-", 1)
+    name, _, seed = folder.name.rpartition("-")
+    if not (name and seed.isdecimal()):
+        raise ViCAError(f"{folder} holds a score.json, but its name is no NAME-SEED, such as vica-0")
     config = ViCAConfig.from_dict(read_json(folder / "model" / "config.json"))
     state = read_json(folder / "model" / "trainer_state.json")
     history = state["log_history"]

@@ -28,15 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        if args.limit is not None and args.limit < 1:
+            raise ViCAError(f"--limit is {args.limit}; it must be 1 at least")
         model, processor = load(args.model, device=args.device, dtype=args.dtype)
         questions = read_questions(args.world / "test.jsonl")[: args.limit]
         found = score(questions, answers(model, processor, questions, args.world / "images"))
+        if args.json:
+            args.json.write_text(json.dumps(found) + "\n")
     except (ViCAError, OSError) as error:
         print(f"vica.toy.evaluate: {error}", file=sys.stderr)
         return 1
     print(table([("kind", "right", "of", "%"), *((k, r, n, f"{100 * r / n:.1f}") for k, (r, n) in found.items())]))
-    if args.json:
-        args.json.write_text(json.dumps(found) + "\n")
     return 0
 
 
