@@ -1,5 +1,6 @@
 """scripts/v1_5: every flag is known, every script parses, and one of them trains."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import LAYERS, losses, write_base
+from tests.training import LAYERS, arguments, losses, write_base
 from vica.toy.write import write
 from vica.train.arguments import build_parser
+from vica.train.run import main
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p for p in (ROOT / "scripts").rglob("*") if p.suffix in (".sh", ".slurm"))
@@ -59,6 +61,19 @@ def test_pretrain_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "batch 4 (1 processes), 20 samples" in done.stdout
     assert len(losses(out)) == 2 and (out / "mm_projector.bin").is_file()
+
+
+def test_a_task_is_learned_with_the_models_own_layers(tmp_path):
+    """And not with those of the published model that MODEL names by default."""
+    world, model = write(write_base(tmp_path) / "world", 20, 1), tmp_path / "model"
+    assert main(arguments(tmp_path, model, t2v_layers="[1, 3]", freeze_prefix="2")) == 0
+    done = start(
+        "finetune_task.sh", "--max_steps", "1", CKPT=model, DATA=world / "finetune.json", IMAGES=world / "images",
+        OUTPUT=tmp_path / "task", BATCH=2, GLOBAL_BATCH=2, CUDA_VISIBLE_DEVICES="", T2V_LAYERS="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wired = json.loads((tmp_path / "task/config.json").read_text())
+    assert wired["t2v_layers"] == [1, 3] and wired["freeze_prefix"] == 2
 
 
 @pytest.mark.parametrize("python, reason", [("bin/python", "No module named 'torch'"), ("none", "No such file")])

@@ -2,6 +2,7 @@
 # Sourced by the training scripts: `launch FLAGS` starts vica.train on all GPUs of this machine, or of several.
 #
 #   MODEL=3b|7b|13b      picks configs/vica-llava-1.5-$MODEL.json: backbone, tower, layers, prefix rule
+#   CONFIG=FILE          another file of that kind; none at all where it is set and empty
 #   T2V_LAYERS="[0,1]"   other layers than the file's
 #   GPUS=8               processes on this machine            (default: its GPUs; none: one process on the CPU)
 #   GLOBAL_BATCH, BATCH  samples a step, and those of one process at once; the rest is accumulated
@@ -12,8 +13,8 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 MODEL="${MODEL:-7b}"
-CONFIG="${CONFIG:-configs/vica-llava-1.5-$MODEL.json}"
-if [ ! -f "$CONFIG" ]; then
+CONFIG="${CONFIG-configs/vica-llava-1.5-$MODEL.json}"
+if [ -n "$CONFIG" ] && [ ! -f "$CONFIG" ]; then
     echo "MODEL is '$MODEL': there is no $CONFIG; known: $(cd configs && echo vica-llava-1.5-*.json)" >&2
     exit 1
 fi
@@ -33,7 +34,8 @@ launch() {
         echo "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$batch x $processes processes x $nodes machines" >&2
         return 1
     fi
-    flags=(--config "$CONFIG" --per_device_train_batch_size "$batch" --gradient_accumulation_steps "$steps")
+    flags=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$steps")
+    if [ -n "$CONFIG" ]; then flags+=(--config "$CONFIG"); fi
     if [ -n "${T2V_LAYERS:-}" ]; then flags+=(--t2v_layers "$T2V_LAYERS"); fi
     if [ "$found" -gt 0 ]; then flags+=(--bf16 True --tf32 True); else flags+=(--use_cpu True) ENGINE=none; fi
     if [ "${ENGINE:-none}" != none ]; then flags+=(--deepspeed "$ENGINE"); fi
