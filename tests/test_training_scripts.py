@@ -76,6 +76,36 @@ def test_a_task_is_learned_with_the_models_own_layers(tmp_path):
     assert wired["t2v_layers"] == [1, 3] and wired["freeze_prefix"] == 2
 
 
+def with_cards(folder: Path, cards: int) -> Path:
+    """An interpreter that says how many cards there are, and a launcher beside it: both show how they are called."""
+    shown = 'printf "%s " "$@"'
+    python = f'if [ "$1" = -c ]; then case "$2" in *cuda*) echo {cards};; *) echo 4711;; esac; else {shown}; fi'
+    for name, body in {"python": python, "deepspeed": shown}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return folder / "python"
+
+
+@pytest.mark.parametrize(
+    "cards, variables, said",
+    [
+        (1, dict(), "-m torch.distributed.run --nproc_per_node 1 "),  # DeepSpeed finds its place by a launcher's words
+        (1, dict(ENGINE="none"), "-m vica.train --per_device_train_batch_size 32 --gradient_accumulation_steps 8 "),
+        (4, dict(), "-m vica.train --per_device_train_batch_size 32 --gradient_accumulation_steps 2 "),
+    ],
+)
+def test_how_processes_are_started(tmp_path, cards, variables, said):
+    done = start("pretrain.sh", PYTHON=with_cards(tmp_path, cards), **variables)
+    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
+def test_deepspeed_without_a_launcher(tmp_path):
+    pytest.importorskip("deepspeed")
+    done = start("pretrain.sh", "--deepspeed", "configs/zero2.json", OUTPUT=tmp_path, GPUS=1, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "vica train: --deepspeed wants a launcher, be it for one process: torchrun" in done.stderr
+
+
 @pytest.mark.parametrize("python, reason", [("bin/python", "No module named 'torch'"), ("none", "No such file")])
 def test_python_without_torch(tmp_path, python, reason):
     venv.create(tmp_path, symlinks=True)

@@ -45,7 +45,7 @@ launch() {
         local machines=(--num_gpus "$processes")
         if [ -n "${HOSTFILE:-}" ]; then machines=(--hostfile "$HOSTFILE"); fi
         starter=("$(dirname "$PYTHON")/deepspeed" "${machines[@]}" --master_port "$MASTER_PORT" --module vica.train)
-    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then
+    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "${ENGINE:-none}" = none ]; then # DeepSpeed asks for a launcher
         starter=("$PYTHON" -m vica.train)
     else
         starter=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes"

@@ -88,7 +88,12 @@ def join_ranks(args) -> None:
     if args.device and args.deepspeed_plugin is not None:
         import deepspeed
 
-        deepspeed.init_distributed()
+        try:
+            deepspeed.init_distributed()
+        except ImportError as error:  # without a launcher's variables it looks for MPI's
+            raise ViCAError(
+                "--deepspeed wants a launcher, be it for one process: torchrun --nproc_per_node 1 -m vica.train"
+            ) from error
 
 
 def stay_offline_without_key(folder: str) -> None:
