@@ -78,9 +78,17 @@ def prepare(args) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.should_save:
         saving.clear_unfinished(args.output_dir)
+    check_optimizer(args)
     join_ranks(args)
     if "wandb" in args.report_to:
         stay_offline_without_key(args.output_dir)
+
+
+def check_optimizer(args) -> None:
+    """An optimizer that a DeepSpeed file names is DeepSpeed's to make: of the parameters as one group, at one rate."""
+    plugin = args.deepspeed_plugin
+    if args.mm_projector_lr is not None and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
+        raise ViCAError("--mm_projector_lr is lost on the optimizer that --deepspeed names: take it out there")
 
 
 def join_ranks(args) -> None:
