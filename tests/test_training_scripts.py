@@ -99,6 +99,18 @@ def test_how_processes_are_started(tmp_path, cards, variables, said):
     assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
+def test_machines_of_a_hostfile_share_the_batch(tmp_path):
+    """GLOBAL_BATCH is that of all slots, whatever this machine has."""
+    (tmp_path / "hosts").write_text("# two machines\none slots=4\n  two\tslots=12 # the large one\n#three slots=4\n")
+    variables = dict(PYTHON=with_cards(tmp_path, 4), HOSTFILE=tmp_path / "hosts", GLOBAL_BATCH=256, BATCH=8)
+    done = start("pretrain.sh", **variables)
+    assert done.returncode == 0 and f"--hostfile {tmp_path / 'hosts'} --master_port 29500 " in done.stdout
+    assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2 " in done.stdout
+    (tmp_path / "hosts").write_text("one\n")
+    done = start("pretrain.sh", **variables)
+    assert done.returncode == 1 and "no line of it reads like 'machine slots=8'" in done.stderr
+
+
 def test_deepspeed_without_a_launcher(tmp_path):
     pytest.importorskip("deepspeed")
     done = start("pretrain.sh", "--deepspeed", "configs/zero2.json", OUTPUT=tmp_path, GPUS=1, CUDA_VISIBLE_DEVICES="")

@@ -8,7 +8,8 @@
 #   GLOBAL_BATCH, BATCH  samples a step, and those of one process at once; the rest is accumulated
 #   ENGINE=FILE|none     DeepSpeed's settings                 (default: the script's choice; none where there is no GPU)
 #   LAUNCHER=torchrun|deepspeed
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, HOSTFILE     several machines (MASTER_PORT: 29500; on one: a free one)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines, by torchrun on each (port: 29500; on one: a free one)
+#   HOSTFILE=FILE        several machines, by DeepSpeed's launcher on one of them: a process for each slot
 #   PYTHON               interpreter                          (default: .venv's, else python3)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -21,6 +22,16 @@ fi
 source scripts/setup.sh
 find_python
 
+count_slots() { # of HOSTFILE; GLOBAL_BATCH is that of all machines
+    local slots
+    slots="$(sed -nE 's/^[[:space:]]*[^#[:space:]]+[[:space:]]+slots=([0-9]+).*/+ \1/p' "$HOSTFILE")" || return 1
+    if [ -z "$slots" ]; then
+        echo "HOSTFILE is '$HOSTFILE': no line of it reads like 'machine slots=8'" >&2
+        return 1
+    fi
+    echo $((slots))
+}
+
 launch() {
     local found nodes="${NNODES:-1}" flags=() starter=()
     if ! found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)"; then
@@ -29,9 +40,11 @@ launch() {
         return 1
     fi
     local processes="${GPUS:-$((found > 0 ? found : 1))}"
-    local batch="${BATCH:?}" steps=$((GLOBAL_BATCH / (BATCH * processes * nodes)))
-    if [ $((steps * batch * processes * nodes)) -ne "$GLOBAL_BATCH" ]; then
-        echo "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$batch x $processes processes x $nodes machines" >&2
+    local batch="${BATCH:?}" all=$((processes * nodes)) steps
+    if [ -n "${HOSTFILE:-}" ]; then all="$(count_slots)" || return 1; fi
+    steps=$((GLOBAL_BATCH / (BATCH * all)))
+    if [ $((steps * batch * all)) -ne "$GLOBAL_BATCH" ]; then
+        echo "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of BATCH=$batch x $all processes" >&2
         return 1
     fi
     flags=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$steps")
@@ -41,11 +54,11 @@ launch() {
     if [ "${ENGINE:-none}" != none ]; then flags+=(--deepspeed "$ENGINE"); fi
 
     find_port
-    if [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
+    if [ -n "${HOSTFILE:-}" ] || [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
         local machines=(--num_gpus "$processes")
         if [ -n "${HOSTFILE:-}" ]; then machines=(--hostfile "$HOSTFILE"); fi
         starter=("$(dirname "$PYTHON")/deepspeed" "${machines[@]}" --master_port "$MASTER_PORT" --module vica.train)
-    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "${ENGINE:-none}" = none ]; then # DeepSpeed asks for a launcher
+    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "${ENGINE:-none}" = none ]; then # not DeepSpeed alone
         starter=("$PYTHON" -m vica.train)
     else
         starter=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes"
