@@ -402,6 +402,12 @@ def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processors, monkeypatc
     assert epoch(0) == first and epoch(1) != first and first[0] != sorted(first[0], key=int)
 
 
+def test_a_stream_of_one_piece_has_work_for_one_worker(tables, processors):
+    data = TrainingStream(open_samples(tables / "lists [1].parquet", True), processors[False], buffer=0, endless=True)
+    loader = iter(DataLoader(data, 2, num_workers=3, collate_fn=list))
+    assert [[item.id for item in next(loader)] for _ in range(3)] == [["two", "text"], ["7", "two"], ["text", "7"]]
+
+
 def test_the_buffer_shuffles_what_passes():
     order = list(shuffled(iter(range(200)), 20, Random(0)))
     assert sorted(order) == list(range(200)) and order[:100] != sorted(order[:100])

@@ -118,7 +118,9 @@ class TrainingStream(IterableDataset):
             for name, record in shuffled(self.stream.share(*place), self.buffer, dice):
                 yield self.prepare(record, name)
                 empty = False
-            if self.endless and empty:
+            if empty and place[2] > 0:  # what is stored in one piece, `datasets` gives to the first worker only
+                return
+            if empty and self.endless:
                 raise ViCAError("the stream has fewer records than there are processes that read it")
 
 
