@@ -61,6 +61,7 @@ def test_pretrain_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "batch 4 (1 processes), 20 samples" in done.stdout
     assert len(losses(out)) == 2 and (out / "mm_projector.bin").is_file()
+    assert json.loads((out / "config.json").read_text())["image_aspect_ratio"] == "square"  # as LLaVA's stage 1
 
 
 def test_a_task_is_learned_with_the_models_own_layers(tmp_path):
