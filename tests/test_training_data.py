@@ -477,6 +477,18 @@ def test_skipped_samples_are_reported_once_and_counted_over_ranks(tmp_path):
         Skipped(file, 3)
 
 
+def test_samples_that_share_an_id_count_each(tmp_path, folder, processors):
+    """In LLaVA's mixes an id is often the image's: all that is asked about a missing one would count as one."""
+    records = [{**RECORDS[2], "image": "absent.png"}] * 3 + [RECORDS[1]] * 5
+    data = TrainingSet(open_samples(write(tmp_path / "a.json", records)), processors[False], folder)
+    skipped = Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data))
+    for index in (0, 1, 0, 1):  # two epochs
+        skipped.add(data[index])
+    assert [line["record"][-8:] for line in lines(tmp_path / "skipped.jsonl")] == ["record 1", "record 2"]
+    with pytest.raises(ViCAError, match="3 of 8 samples are broken"):
+        Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data)).add(data[2])
+
+
 def test_without_a_total_the_share_is_of_what_was_seen(tmp_path):
     skipped = Skipped(tmp_path / "skipped.jsonl", 0.01)
     skipped.saw(999)

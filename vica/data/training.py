@@ -36,6 +36,7 @@ class Example:
 class Broken:
     id: str
     reason: str
+    record: str | None = None  # where it stands: in LLaVA's mixes many share an id, that of their image
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Preparation:
             images = [image_source(image, self.image_folder) for image in images_of(record)[:seen]]
             pixels = [torch.from_numpy(array) for array in self.processor.process_images(images)] if images else []
         except ViCAError as error:
-            return Broken(id_of(record, name), str(error))
+            return Broken(id_of(record, name), str(error), name)
         return Example(id_of(record, name), torch.tensor(ids), torch.tensor(labels), pixels)
 
 
