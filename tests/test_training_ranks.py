@@ -181,6 +181,21 @@ def test_killed_and_started_again(engine, stage, ground, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grouped", [True, False])
+def test_killed_within_a_later_epoch(grouped, ground, tmp_path):
+    """Three epochs of four steps, of which the last has less than the others."""
+    samples = json.loads((ground / "world" / "finetune.json").read_text())
+    (tmp_path / "few.json").write_text(json.dumps(samples[:37]))
+    settings = {**PLAIN, "group_by_modality_length": grouped, "data_path": tmp_path / "few.json"}
+    settings |= {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 3, "save_steps": 6}
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    run_both(ground, undisturbed, "ddp", batch=2, **settings).finish()
+    assert run_both(ground, output, "ddp", batch=2, **settings).kill_when((output / "checkpoint-6").exists)
+    run_both(ground, output, "ddp", batch=2, **settings).finish()
+    assert_alike(output, undisturbed, steps=12)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("ninja") and shutil.which("c++")), reason="DeepSpeed compiles its optimizer")
 @pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
 def test_rates_of_their_own_reach_an_offloaded_optimizer(engine, ground, tmp_path):

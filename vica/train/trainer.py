@@ -43,6 +43,11 @@ class ViCATrainer(Trainer):
             )
         loader = super().get_train_dataloader()
         loader.device = None
+        dealt = loader.batch_sampler
+        if hasattr(dealt, "batch_sampler"):  # among ranks
+            # A run that goes on puts one that skips in front, past which accelerate finds no sampler to tell the epoch:
+            # what is left of it would come in the first epoch's order.
+            dealt.sampler = dealt.batch_sampler.sampler
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
