@@ -110,6 +110,12 @@ def test_a_process_trains_on_one_card_of_all_that_it_sees(root, tmp_path):
     assert (args.n_gpu, args.train_batch_size) == (1, 2) and args.parallel_mode.name == "NOT_PARALLEL"
 
 
+@pytest.mark.parametrize("seeds, of_order", [({}, 42), ({"seed": 3}, 3), ({"seed": 3, "data_seed": 0}, 0)])
+def test_the_order_has_a_seed_of_its_own(root, tmp_path, set_up, seeds, of_order):
+    assert main(arguments(root, tmp_path, group_by_length=True, **seeds)) == 0
+    assert set_up[0]._get_train_sampler().seed == of_order
+
+
 # --- that it learns what it should --------------------------------------------------------------------------------
 
 

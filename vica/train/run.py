@@ -128,7 +128,7 @@ def training_set(records: Samples | Stream, data_args, args, processor, config):
     )
     if not data_args.streaming:
         return TrainingSet(records, processor, **options)
-    return TrainingStream(records, processor, seed=args.data_seed or args.seed, endless=True, **options)
+    return TrainingStream(records, processor, seed=args.order_seed, endless=True, **options)
 
 
 def announce(args, model, total: int | None) -> None:

@@ -58,7 +58,7 @@ class ViCATrainer(Trainer):
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
             by_modality=self.args.group_by_modality_length,
-            seed=self.args.data_seed or self.args.seed,
+            seed=self.args.order_seed,
         )
 
     def _prepare_inputs(self, inputs: dict) -> dict:
