@@ -17,6 +17,7 @@ from vica.data.training import Example
 from vica.model import decoder, llama_accel
 from vica.toy.write import write
 from vica.train import run
+from vica.train.arguments import parse
 from vica.train.run import main
 from vica.train.trainer import ViCATrainer
 
@@ -101,6 +102,18 @@ def test_what_learns(root, tmp_path, set_up, capsys, flags, parts):
 def test_nothing_left_to_learn(root, tmp_path, capsys):
     assert main(arguments(root, tmp_path, freeze_backbone=True, freeze_mm_mlp_adapter=True)) == 1
     assert "nothing is left to train" in capsys.readouterr().err
+
+
+def test_a_process_trains_on_one_card_of_all_that_it_sees(root, tmp_path):
+    args = parse(arguments(root, tmp_path))[2]
+    args._n_gpu = 8  # as transformers counts them where no launcher gives it one
+    assert (args.n_gpu, args.train_batch_size) == (1, 2) and args.parallel_mode.name == "NOT_PARALLEL"
+
+
+@pytest.mark.parametrize("seeds, of_order", [({}, 42), ({"seed": 3}, 3), ({"seed": 3, "data_seed": 0}, 0)])
+def test_the_order_has_a_seed_of_its_own(root, tmp_path, set_up, seeds, of_order):
+    assert main(arguments(root, tmp_path, group_by_length=True, **seeds)) == 0
+    assert set_up[0]._get_train_sampler().seed == of_order
 
 
 # --- that it learns what it should --------------------------------------------------------------------------------

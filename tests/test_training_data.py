@@ -402,6 +402,12 @@ def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processors, monkeypatc
     assert epoch(0) == first and epoch(1) != first and first[0] != sorted(first[0], key=int)
 
 
+def test_a_stream_of_one_piece_has_work_for_one_worker(tables, processors):
+    data = TrainingStream(open_samples(tables / "lists [1].parquet", True), processors[False], buffer=0, endless=True)
+    loader = iter(DataLoader(data, 2, num_workers=3, collate_fn=list))
+    assert [[item.id for item in next(loader)] for _ in range(3)] == [["two", "text"], ["7", "two"], ["text", "7"]]
+
+
 def test_the_buffer_shuffles_what_passes():
     order = list(shuffled(iter(range(200)), 20, Random(0)))
     assert sorted(order) == list(range(200)) and order[:100] != sorted(order[:100])
@@ -469,6 +475,18 @@ def test_skipped_samples_are_reported_once_and_counted_over_ranks(tmp_path):
     assert len(lines(file)) == 4
     with pytest.raises(ViCAError, match="is 3; it must be from 0 to 1"):
         Skipped(file, 3)
+
+
+def test_samples_that_share_an_id_count_each(tmp_path, folder, processors):
+    """In LLaVA's mixes an id is often the image's: all that is asked about a missing one would count as one."""
+    records = [{**RECORDS[2], "image": "absent.png"}] * 3 + [RECORDS[1]] * 5
+    data = TrainingSet(open_samples(write(tmp_path / "a.json", records)), processors[False], folder)
+    skipped = Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data))
+    for index in (0, 1, 0, 1):  # two epochs
+        skipped.add(data[index])
+    assert [line["record"][-8:] for line in lines(tmp_path / "skipped.jsonl")] == ["record 1", "record 2"]
+    with pytest.raises(ViCAError, match="3 of 8 samples are broken"):
+        Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data)).add(data[2])
 
 
 def test_without_a_total_the_share_is_of_what_was_seen(tmp_path):

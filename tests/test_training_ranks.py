@@ -4,6 +4,7 @@ every step and the same saved weights within 1e-5, in float32."""
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,40 @@ def test_killed_and_started_again(engine, stage, ground, tmp_path):
     assert run.kill_when((output / "checkpoint-5").exists)
     run_both(ground, output, engine, batch=4, save_steps=5, **stage).finish()
     assert_alike(output, run_alone(ground, f"stage {1 if stage is STAGE_1 else 2}", batch=8, **stage))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouped", [True, False])
+def test_killed_within_a_later_epoch(grouped, ground, tmp_path):
+    """Three epochs of four steps, of which the last has less than the others."""
+    samples = json.loads((ground / "world" / "finetune.json").read_text())
+    (tmp_path / "few.json").write_text(json.dumps(samples[:37]))
+    settings = {**PLAIN, "group_by_modality_length": grouped, "data_path": tmp_path / "few.json"}
+    settings |= {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 3, "save_steps": 6}
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    run_both(ground, undisturbed, "ddp", batch=2, **settings).finish()
+    assert run_both(ground, output, "ddp", batch=2, **settings).kill_when((output / "checkpoint-6").exists)
+    run_both(ground, output, "ddp", batch=2, **settings).finish()
+    assert_alike(output, undisturbed, steps=12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("ninja") and shutil.which("c++")), reason="DeepSpeed compiles its optimizer")
+@pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
+def test_rates_of_their_own_reach_an_offloaded_optimizer(engine, ground, tmp_path):
+    settings = {**STAGE_2, "mm_projector_lr": 1e-4, "weight_decay": 0.1}
+    configs = {"deepspeed": REPOSITORY / f"configs/{engine}.json"}
+    run_both(ground, tmp_path / "out", "ddp", batch=4, **settings, **configs).finish(400)
+    assert_alike(tmp_path / "out", run_alone(ground, "rates", batch=8, **settings))
+
+
+@pytest.mark.slow
+def test_a_rate_that_would_be_lost_is_refused(ground, tmp_path):
+    own = json.loads(ZERO3.read_text()) | {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    flags = command(ground, tmp_path / "out", batch=4, **STAGE_2, mm_projector_lr=1e-4, deepspeed=json.dumps(own))
+    (process,) = start(flags, tmp_path / "log").ranks
+    process.join()
+    assert process.exitcode == 1 and "--mm_projector_lr is lost on the optimizer" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

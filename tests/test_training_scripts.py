@@ -1,5 +1,6 @@
 """scripts/v1_5: every flag is known, every script parses, and one of them trains."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import LAYERS, losses, write_base
+from tests.training import LAYERS, arguments, losses, write_base
 from vica.toy.write import write
 from vica.train.arguments import build_parser
+from vica.train.run import main
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p for p in (ROOT / "scripts").rglob("*") if p.suffix in (".sh", ".slurm"))
@@ -59,6 +61,62 @@ def test_pretrain_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "batch 4 (1 processes), 20 samples" in done.stdout
     assert len(losses(out)) == 2 and (out / "mm_projector.bin").is_file()
+    assert json.loads((out / "config.json").read_text())["image_aspect_ratio"] == "square"  # as LLaVA's stage 1
+
+
+def test_a_task_is_learned_with_the_models_own_layers(tmp_path):
+    """And not with those of the published model that MODEL names by default."""
+    world, model = write(write_base(tmp_path) / "world", 20, 1), tmp_path / "model"
+    assert main(arguments(tmp_path, model, t2v_layers="[1, 3]", freeze_prefix="2")) == 0
+    done = start(
+        "finetune_task.sh", "--max_steps", "1", CKPT=model, DATA=world / "finetune.json", IMAGES=world / "images",
+        OUTPUT=tmp_path / "task", BATCH=2, GLOBAL_BATCH=2, CUDA_VISIBLE_DEVICES="", T2V_LAYERS="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wired = json.loads((tmp_path / "task/config.json").read_text())
+    assert wired["t2v_layers"] == [1, 3] and wired["freeze_prefix"] == 2
+
+
+def with_cards(folder: Path, cards: int) -> Path:
+    """An interpreter that says how many cards there are, and a launcher beside it: both show how they are called."""
+    shown = 'printf "%s " "$@"'
+    python = f'if [ "$1" = -c ]; then case "$2" in *cuda*) echo {cards};; *) echo 4711;; esac; else {shown}; fi'
+    for name, body in {"python": python, "deepspeed": shown}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return folder / "python"
+
+
+@pytest.mark.parametrize(
+    "cards, variables, said",
+    [
+        (1, dict(), "-m torch.distributed.run --nproc_per_node 1 "),  # DeepSpeed finds its place by a launcher's words
+        (1, dict(ENGINE="none"), "-m vica.train --per_device_train_batch_size 32 --gradient_accumulation_steps 8 "),
+        (4, dict(), "-m vica.train --per_device_train_batch_size 32 --gradient_accumulation_steps 2 "),
+    ],
+)
+def test_how_processes_are_started(tmp_path, cards, variables, said):
+    done = start("pretrain.sh", PYTHON=with_cards(tmp_path, cards), **variables)
+    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
+def test_machines_of_a_hostfile_share_the_batch(tmp_path):
+    """GLOBAL_BATCH is that of all slots, whatever this machine has."""
+    (tmp_path / "hosts").write_text("# two machines\none slots=4\n  two\tslots=12 # the large one\n#three slots=4\n")
+    variables = dict(PYTHON=with_cards(tmp_path, 4), HOSTFILE=tmp_path / "hosts", GLOBAL_BATCH=256, BATCH=8)
+    done = start("pretrain.sh", **variables)
+    assert done.returncode == 0 and f"--hostfile {tmp_path / 'hosts'} --master_port 29500 " in done.stdout
+    assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2 " in done.stdout
+    (tmp_path / "hosts").write_text("one\n")
+    done = start("pretrain.sh", **variables)
+    assert done.returncode == 1 and "no line of it reads like 'machine slots=8'" in done.stderr
+
+
+def test_deepspeed_without_a_launcher(tmp_path):
+    pytest.importorskip("deepspeed")
+    done = start("pretrain.sh", "--deepspeed", "configs/zero2.json", OUTPUT=tmp_path, GPUS=1, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "vica train: --deepspeed wants a launcher, be it for one process: torchrun" in done.stderr
 
 
 @pytest.mark.parametrize("python, reason", [("bin/python", "No module named 'torch'"), ("none", "No such file")])

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # A trained model learns a task of your own: CKPT names the model, DATA and IMAGES the samples. Everything else can be set
-# from the environment (see launch.sh) or by trailing flags.
+# from the environment (see launch.sh) or by trailing flags. Its layers and prefix rule are its own, unless T2V_LAYERS or
+# CONFIG names others: a file of configs/ would rewire a model that was trained with other layers.
 #   CKPT=checkpoints/vica-v1.5-7b DATA=mine.json IMAGES=pictures bash scripts/v1_5/finetune_task.sh
 set -euo pipefail
+CONFIG="${CONFIG:-}"
 GLOBAL_BATCH="${GLOBAL_BATCH:-128}"
 BATCH="${BATCH:-16}"
 ENGINE="${ENGINE:-configs/zero3.json}"

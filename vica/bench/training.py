@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from ..model.flops import sample_flops
+from ..model.loss import IGNORE
 from ..model.sizes import visual_tokens
 from ..table import table
+from ..train.meter import count_tokens, passes
 from ..train.stages import STAGES, Trained, freeze
 from .clock import Timing, failures_noted, product_rate, progress, timed
 from .models import Models
@@ -27,8 +29,8 @@ COLUMNS = {
     "accel": "ours, accel, packed, flash",
     "stored": "  the same, without checkpointing",
 }
+LEARNING = {"pretrain": Trained(("projector",)), "finetune": Trained(("projector", "language model"))}
 VARIANTS = {"transformers": "dense", "stored": "accel"}  # of columns that are not named like theirs
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -130,25 +132,16 @@ def measure(models: Models, stage: str, column: str, batches: list[dict], repeat
 
 
 def counted(config, stage: str, batches: list[dict]) -> float:
-    visual, total = visual_tokens(config), 0
-    for batch in batches:
-        images = (batch["input_ids"] == config.image_token_index).sum(1)
-        text, scored = batch["attention_mask"].sum(1) - images, (batch["labels"] != IGNORE).sum(1)
-        for row in zip(text.tolist(), images.tolist(), scored.tolist()):
-            total += sample_flops(config, row[0], row[1] * visual, row[2])
-    return total * (2 if stage == "pretrain" else 3)
-
-
-LEARNING = {"pretrain": Trained(("projector",)), "finetune": Trained(("projector", "language model"))}
+    rows = (row for batch in batches for row in count_tokens(config, batch))
+    return passes(LEARNING[stage]) * sum(sample_flops(config, *row) for row in rows)
 
 
 class Ours:
     def __init__(self, models: Models, variant: str, stage: str):
         self.config, self.device = models.config, models.device
         self.model = self.wired(models, variant)
-        freeze(
-            models.accel, LEARNING[stage]
-        )  # the others hold its very parameters, and unfroze them when they were made
+        # The others hold the very parameters of accel, and unfroze them when they were made.
+        freeze(models.accel, LEARNING[stage])
         if self.checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})

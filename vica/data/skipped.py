@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 
 from ..errors import ViCAError
 from .training import Broken
@@ -10,8 +11,9 @@ _ENOUGH = 1000  # samples seen before a share of them says anything
 
 
 class Skipped:
-    """One JSON line {id, reason} a broken sample in `file`, which the ranks of a run share and a resumed run continues.
-    `count` is how many lines it has; a sample that breaks again, in a later epoch or after a resume, gets no other.
+    """One JSON line {id, reason, record} a broken sample in `file`, which the ranks of a run share and a resumed run
+    continues. `count` is how many lines it has; a sample that breaks again, in a later epoch or after a resume, gets no
+    other.
 
     Training ends once they are more than `limit_share` of `total`. Where the total is not known (a stream) the share is
     of what this rank has seen, as told to `saw`, once that is 1,000."""
@@ -21,7 +23,8 @@ class Skipped:
             raise ViCAError(f"the share of samples that may be broken is {limit_share}; it must be from 0 to 1")
         self.file, self.limit_share, self.total = os.fspath(file), limit_share, total
         self.seen = self.own = 0
-        self._known, self._read = set(), 0
+        self._known: set[Broken] = set()
+        self._read = 0
         os.makedirs(os.path.dirname(self.file) or ".", exist_ok=True)
         self._catch_up()
 
@@ -36,15 +39,15 @@ class Skipped:
     def add(self, broken: Broken) -> None:
         self.own += 1
         self._catch_up()
-        if (broken.id, broken.reason) not in self._known:
-            line = json.dumps({"id": broken.id, "reason": broken.reason}) + "\n"
+        if broken not in self._known:
+            line = json.dumps({name: value for name, value in asdict(broken).items() if value is not None}) + "\n"
             # One write to a file opened for appending: lines of several ranks do not mix.
             report = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(report, line.encode())
             finally:
                 os.close(report)
-            self._known.add((broken.id, broken.reason))
+            self._known.add(broken)
         self._check(broken)
 
     def _catch_up(self) -> None:
@@ -68,9 +71,9 @@ class Skipped:
             )
 
 
-def _parse(file: str, line: bytes) -> tuple[str, str]:
+def _parse(file: str, line: bytes) -> Broken:
     try:
         entry = json.loads(line)
-        return entry["id"], entry["reason"]
-    except (ValueError, TypeError, KeyError) as error:
+        return Broken(entry["id"], entry["reason"], entry.get("record"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ViCAError(f"{file} holds a line that is no report of a broken sample: {line[:80]!r}") from error

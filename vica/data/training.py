@@ -36,6 +36,7 @@ class Example:
 class Broken:
     id: str
     reason: str
+    record: str | None = None  # where it stands: in LLaVA's mixes many share an id, that of their image
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Preparation:
             images = [image_source(image, self.image_folder) for image in images_of(record)[:seen]]
             pixels = [torch.from_numpy(array) for array in self.processor.process_images(images)] if images else []
         except ViCAError as error:
-            return Broken(id_of(record, name), str(error))
+            return Broken(id_of(record, name), str(error), name)
         return Example(id_of(record, name), torch.tensor(ids), torch.tensor(labels), pixels)
 
 
@@ -118,7 +119,9 @@ class TrainingStream(IterableDataset):
             for name, record in shuffled(self.stream.share(*place), self.buffer, dice):
                 yield self.prepare(record, name)
                 empty = False
-            if self.endless and empty:
+            if empty and place[2] > 0:  # what is stored in one piece, `datasets` gives to the first worker only
+                return
+            if empty and self.endless:
                 raise ViCAError("the stream has fewer records than there are processes that read it")
 
 

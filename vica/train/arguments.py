@@ -116,6 +116,16 @@ class TrainArguments(TrainingArguments):
         rename_checkpointing(self)
         super().__post_init__()
 
+    @property
+    def n_gpu(self) -> int:
+        """A process trains on one card. Of all that it sees transformers would make a DataParallel, with a batch for
+        each of them, which cuts images and the rows that they belong to at different places."""
+        return min(1, super().n_gpu)
+
+    @property
+    def order_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
     def settle_stage(self) -> None:
         if self.stage is None:
             self.stage = "pretrain" if self.tune_mm_mlp_adapter else "finetune"

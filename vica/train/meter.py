@@ -7,6 +7,7 @@ import torch
 
 from ..model.config import ViCAConfig
 from ..model.flops import sample_flops
+from ..model.loss import IGNORE
 from ..model.sizes import visual_tokens
 from .stages import Trained
 
@@ -19,6 +20,20 @@ def peak_flops(given_tflops: float | None, device: torch.device) -> float | None
         return given_tflops * 1e12
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((tflops * 1e12 for part, tflops in PEAKS.items() if part in name), None)
+
+
+def count_tokens(config: ViCAConfig, batch: dict) -> list[tuple[int, int, int]]:
+    """Text tokens, visual tokens and what has a label, of each row."""
+    mask = batch["attention_mask"] != 0
+    images = ((batch["input_ids"] == config.image_token_index) & mask).sum(1)
+    scored = (batch["labels"] != IGNORE).sum(1)
+    columns = (mask.sum(1) - images, images * visual_tokens(config), scored)
+    return list(zip(*(column.tolist() for column in columns)))
+
+
+def passes(trained: Trained) -> int:
+    """Forward, the gradients of what comes in, and those of the weights where they learn."""
+    return 3 if "language model" in trained.parts else 2
 
 
 @dataclass
@@ -35,19 +50,10 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
 
     def count(self, batch: dict) -> None:
-        ids, mask = batch["input_ids"], batch["attention_mask"] != 0
-        images = ((ids == self.config.image_token_index) & mask).sum(1)
-        text, scored = mask.sum(1) - images, (batch["labels"] != -100).sum(1)
+        rows = count_tokens(self.config, batch)
         self.samples += len(batch["sample_ids"])
-        self.text_tokens += int(text.sum())
-        visual, passes = visual_tokens(self.config), self.passes
-        for row in zip(text.tolist(), images.tolist(), scored.tolist()):
-            self.flops += passes * sample_flops(self.config, row[0], row[1] * visual, row[2])
-
-    @property
-    def passes(self) -> int:
-        """Forward, the gradients of what comes in, and those of the weights where they learn."""
-        return 3 if "language model" in self.trained.parts else 2
+        self.text_tokens += sum(text for text, _, _ in rows)
+        self.flops += passes(self.trained) * sum(sample_flops(self.config, *row) for row in rows)
 
     def read(self, world_size: int, gather) -> dict[str, float]:
         """Figures of all processes. `gather`: sums a tensor of counts over them."""

@@ -84,9 +84,17 @@ def prepare(args) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.should_save:
         saving.clear_unfinished(args.output_dir)
+    check_optimizer(args)
     join_ranks(args)
     if "wandb" in args.report_to:
         stay_offline_without_key(args.output_dir)
+
+
+def check_optimizer(args) -> None:
+    """An optimizer that a DeepSpeed file names is DeepSpeed's to make: of the parameters as one group, at one rate."""
+    plugin = args.deepspeed_plugin
+    if args.mm_projector_lr is not None and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
+        raise ViCAError("--mm_projector_lr is lost on the optimizer that --deepspeed names: take it out there")
 
 
 def join_ranks(args) -> None:
@@ -94,7 +102,12 @@ def join_ranks(args) -> None:
     if args.device and args.deepspeed_plugin is not None:
         import deepspeed
 
-        deepspeed.init_distributed()
+        try:
+            deepspeed.init_distributed()
+        except ImportError as error:  # without a launcher's variables it looks for MPI's
+            raise ViCAError(
+                "--deepspeed wants a launcher, be it for one process: torchrun --nproc_per_node 1 -m vica.train"
+            ) from error
 
 
 def stay_offline_without_key(folder: str) -> None:
@@ -121,7 +134,7 @@ def training_set(records: Samples | Stream, data_args, args, processor, config):
     )
     if not data_args.streaming:
         return TrainingSet(records, processor, **options)
-    return TrainingStream(records, processor, seed=args.data_seed or args.seed, endless=True, **options)
+    return TrainingStream(records, processor, seed=args.order_seed, endless=True, **options)
 
 
 def announce(args, model, total: int | None) -> None:

@@ -43,6 +43,11 @@ class ViCATrainer(Trainer):
             )
         loader = super().get_train_dataloader()
         loader.device = None
+        dealt = loader.batch_sampler
+        if hasattr(dealt, "batch_sampler"):  # among ranks
+            # A run that goes on puts one that skips in front, past which accelerate finds no sampler to tell the epoch:
+            # what is left of it would come in the first epoch's order.
+            dealt.sampler = dealt.batch_sampler.sampler
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
@@ -53,7 +58,7 @@ class ViCATrainer(Trainer):
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
             by_modality=self.args.group_by_modality_length,
-            seed=self.args.data_seed or self.args.seed,
+            seed=self.args.order_seed,
         )
 
     def _prepare_inputs(self, inputs: dict) -> dict:
