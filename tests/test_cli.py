@@ -309,6 +309,7 @@ def test_chat_as_a_program(model, picture):
 def test_info(model, capsys):
     assert main(["info", model]) == 0
     out = capsys.readouterr().out
+    assert "after 35 tokens of text" in out
     assert "█··█····" in out and "576 visual tokens" in out
     assert "1,179,648 an image, 8,192 a text token" in out  # 2 of 8 layers, 2 x 256 x 2 bytes each
     assert main(["info", model, "--t2v-layers", "[0,1,2,3,4,5,6,7]", "--freeze-prefix", "2"]) == 0

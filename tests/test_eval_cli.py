@@ -47,6 +47,12 @@ def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
     assert evaluate("pope", model, data, out) == 0
 
 
+def test_questions_have_one_source(data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate("pope", "no/model/at/all", data, tmp_path, "--hub")
+    assert ended.value.code == 2 and "--hub: not allowed with argument --data" in capsys.readouterr().err
+
+
 def test_files_of_other_contents_are_one_line(tmp_path, capsys):
     """As where another file has got the name, such as the questions of a split without answers."""
     data = write_data(tmp_path / "data")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vica.data import images
-from vica.data.images import load_image, pad_to_square
+from vica.data.images import check_enlarged, load_image, pad_to_square
 from vica.errors import ViCAError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -209,3 +209,10 @@ def test_pad_to_square(height, width, top, left):
 def test_a_thin_long_image_is_not_padded_into_a_bomb():
     with pytest.raises(ViCAError, match="16000x1 is too long to be padded"):
         pad_to_square(Image.new("RGB", (16000, 1)), (0, 0, 0))
+
+
+@pytest.mark.parametrize("size", [(60000, 1), (1, 60000)])
+def test_a_thin_long_image_is_not_enlarged_into_a_bomb(size):
+    check_enlarged(Image.new("RGB", (600, 1)), 336)
+    with pytest.raises(ViCAError, match=f"{size[0]}x{size[1]} is too long to be resized to 336 pixels"):
+        check_enlarged(Image.new("RGB", size), 336)

@@ -199,6 +199,12 @@ def test_clip_pixels(processor, size):
         np.testing.assert_array_equal(processor(images=image)["pixel_values"][0].numpy(), pixels)
 
 
+def test_what_is_cropped_is_not_enlarged_into_a_bomb(processor):
+    processor.image_mode = "crop"
+    with pytest.raises(ViCAError, match="900000x1 is too long to be resized to 28 pixels"):
+        processor(images=Image.new("RGB", (900000, 1)))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_siglip_pixels(tokenizer, size):
     image = picture(*size)

@@ -14,6 +14,7 @@ from tests.spm import BOS, EOS, IMAGE, PROMPTS, llava_folder, llava_ids
 from vica.data.conversation import VICUNA_SYSTEM, get_template
 from vica.data.processor import ViCAProcessor
 from vica.data.tokenizer import add_image_token, load_tokenizer, tokenize_prompt
+from vica.toy.model import build_tokenizer
 
 FRAGMENTS = [
     *("", " ", "  ", "\n", "\u2581", "a", "the", "USER:", "12", "é", "🙂", "."),
@@ -129,3 +130,11 @@ def test_an_image_token_keeps_llavas_ids_around_it(tmp_path, sentencepiece_model
     ):
         want = [image if token == IMAGE else token for token in llava_ids(sentencepiece_model, prompt, legacy)]
         assert tokenizer(prompt).input_ids == want, prompt
+
+
+def test_a_generic_tokenizer_is_what_its_own_file_says(tmp_path, recwarn):
+    """Of LLaVA's config beside it, transformers would read fields that it warns of."""
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama", "rope_scaling": None}))
+    assert load_tokenizer(tmp_path).get_vocab() == build_tokenizer().get_vocab()
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]

@@ -22,10 +22,11 @@ def add_arguments(parser) -> None:
     )
     common.add_model(parser)
     group = parser.add_argument_group("questions")
-    group.add_argument(
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
         "--data", type=Path, metavar="FOLDER", help=f"holds LLaVA's folders, one a benchmark (default: {ROOT})"
     )
-    group.add_argument(
+    source.add_argument(
         "--hub", action="store_true", help="the hub's datasets instead, fetched once (HF_HUB_OFFLINE=1: never)"
     )
     group.add_argument("--split", help="of the benchmark, where it has several")

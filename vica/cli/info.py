@@ -63,7 +63,10 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
     if visual:
         lines += [
             ("an image", f"{visual} visual tokens"),
-            ("visual FLOPs", f"{ours:.3g} of {full:.3g} dense ({100 * ours / full:.1f}%)"),
+            (
+                "visual FLOPs",
+                f"{ours:.3g} of {full:.3g} dense ({100 * ours / full:.1f}%), after {PREFIX} tokens of text",
+            ),
             ("KV bytes", f"{image_token * visual:,} an image, {text_token:,} a text token (16 bit)"),
         ]
     return lines

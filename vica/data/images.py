@@ -59,11 +59,22 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     if width == height:
         return image
     side = max(width, height)
-    if Image.MAX_IMAGE_PIXELS is not None and side * side > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ViCAError(f"an image of {width}x{height} is too long to be padded to a square; make it smaller")
+    _refuse_long(image, side * side, "padded to a square")
     square = Image.new(image.mode, (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def check_enlarged(image: Image.Image, shorter_side: int) -> None:
+    """What CLIP's preprocessing resizes to that shorter side, before it crops, has room in memory."""
+    width, height = image.size
+    _refuse_long(image, shorter_side**2 * max(width, height) // min(width, height), f"resized to {shorter_side} pixels")
+
+
+def _refuse_long(image: Image.Image, pixels: int, done: str) -> None:
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        width, height = image.size
+        raise ViCAError(f"an image of {width}x{height} is too long to be {done}; make it smaller")
 
 
 def _open(source, name: str) -> Image.Image:

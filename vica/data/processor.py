@@ -16,7 +16,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from ..errors import ViCAError
 from .conversation import get_template
-from .images import as_list, load_image, pad_to_square
+from .images import as_list, check_enlarged, load_image, pad_to_square
 from .messages import is_batch, read_messages, shorten, sources_or_none
 from .tokenizer import IMAGE_MARK, load_tokenizer, restore_llama_ids, tokenize_prompt
 
@@ -163,6 +163,8 @@ class ViCAProcessor(ProcessorMixin):
             cropped = getattr(self.image_processor, "do_center_crop", False)
             square = self.image_processor.crop_size if cropped else self.image_processor.size
             return image.resize((square["width"], square["height"]))
+        if "shortest_edge" in self.image_processor.size:
+            check_enlarged(image, self.image_processor.size["shortest_edge"])
         return image
 
     def _pad(self, rows: list[list[int]], padding, padding_side, max_length, rectangular: bool) -> dict:

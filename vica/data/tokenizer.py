@@ -9,10 +9,11 @@ import os
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AddedToken, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 IMAGE_MARK = "<image>"
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are what their tokenizer.json says
 _SPACE = "\u2581"  # sentencepiece's visible space
 
 
@@ -45,6 +46,8 @@ def load_tokenizer(path_or_repo: str | os.PathLike, **hub_options) -> PreTrained
         # transformers 4 reads a missing "legacy" as true, 5 as false; only 5 writes "backend".
         if written.get("legacy") is None and "backend" not in written:
             options["legacy"] = True
+    elif written.get("tokenizer_class") in GENERIC:
+        options["config"] = PreTrainedConfig()  # the folder's own has no say, and warns of LLaVA's fields
     return restore_llama_ids(AutoTokenizer.from_pretrained(path_or_repo, **options))
 
 
