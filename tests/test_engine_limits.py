@@ -1,4 +1,4 @@
-"""What goes wrong goes wrong alone, memory is bounded, and running out of it costs time but no answer."""
+"""What goes wrong goes wrong alone, who waits gets its turn, and nothing grows."""
 
 import gc
 import io
@@ -6,15 +6,12 @@ import re
 import threading
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.builders import IMAGE, tiny_model
 from tests.engines import (
-    FEATURE,
-    KV,
     alone,
     answer,
     assert_idle,
@@ -26,10 +23,7 @@ from tests.engines import (
     watched,
     words,
 )  # fmt: skip
-from vica.engine import Engine, Request, budget, runner, scheduler
-from vica.engine.budget import Limits, out_of_memory
-from vica.engine.graphs import Graphs
-from vica.toy.model import build
+from vica.engine import Request
 
 GOOD = [[3, ("image", 1), 4], [5], [4, ("image", 0), ("image", 1), 2]]
 
@@ -338,284 +332,6 @@ def test_two_thousand_requests_leave_nothing(model):
     assert not alive and not engine.inputs.waiting
     assert grown < 200
     assert_idle(engine)
-
-
-# --- out of memory ---
-
-
-def short(engine, name: str, when, error=None) -> list[int]:
-    """Lets a pass of the runner fail where `when(number of requests, number of call)`; the sizes that were tried."""
-    work, sizes = getattr(engine.runner, name), []
-
-    def maybe(first, *rest):
-        sizes.append(len(first.rows if name == "decode" else first))
-        if when(sizes[-1], len(sizes)):
-            raise torch.OutOfMemoryError("CUDA out of memory") if error is None else error()
-        return work(first, *rest)
-
-    setattr(engine.runner, name, maybe)
-    return sizes
-
-
-def many() -> list[Request]:
-    return [
-        request_of([1 + n % 4, ("image", n % 3), 2 + n % 2], n % 2, max_new_tokens=3 + n % 5, ignore_eos=True)
-        for n in range(14)
-    ]
-
-
-@pytest.fixture(scope="module")
-def many_want(model):
-    return [alone(model, request) for request in many()]
-
-
-@pytest.mark.parametrize("name", ["prefill", "decode", "image_kv"])
-@pytest.mark.parametrize("most", [1, 3])
-def test_passes_that_are_too_large(model, many_want, name, most):
-    engine = watched(small_engine(model, max_batch=8, keep_images=name != "image_kv"))
-    sizes = short(engine, name, lambda size, _: size > most)
-    for _ in range(2):
-        assert [r.tokens for r in engine.generate(many())] == many_want
-    assert max(sizes) > most and sum(size > most for size in sizes) < 6, "it learns what fits"
-    assert_idle(engine)
-
-
-@pytest.mark.parametrize("name", ["prefill", "decode", "image_kv"])
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_memory_that_is_short_once(model, many_want, name, call):
-    for max_batch in (1, 8):
-        engine = watched(small_engine(model, max_batch=max_batch))
-        short(engine, name, lambda _, n: n == call)
-        assert [r.tokens for r in engine.generate(many())] == many_want
-        assert_idle(engine)
-
-
-def broken_capture(text: str) -> RuntimeError:
-    """What torch raises at the end of a capture in which another error came first."""
-    error = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
-    error.__context__ = RuntimeError(text)
-    return error
-
-
-SHORT = {
-    "CUDA": lambda: torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
-    "cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "Triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
-    "a capture": lambda: broken_capture("CUDA driver error: out of memory"),
-}
-
-
-@pytest.mark.parametrize("whose", SHORT)
-def test_other_words_for_short_memory(model, many_want, whose):
-    """What was captured goes, too: its memory is of use to no other pass."""
-    engine = watched(small_engine(model))
-    engine.runner.graphs.graphs["decode"] = "captured"
-    short(engine, "decode", lambda _, n: n == 2, SHORT[whose])
-    assert [r.tokens for r in engine.generate(many())] == many_want
-    assert not engine.runner.graphs.graphs
-
-
-@pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_a_failed_pass_is_gone_when_memory_is_freed(model, name):
-    """The error that tells of it holds its tensors."""
-    engine, tensors, gone = small_engine(model), [], []
-    work, free = getattr(engine.runner, name), engine.scheduler._free_memory
-
-    def once(*arguments):
-        activations = torch.zeros(3)
-        if not tensors:
-            tensors.append(weakref.ref(activations))
-            raise torch.OutOfMemoryError
-        return work(*arguments)
-
-    setattr(engine.runner, name, once)
-    engine.scheduler._free_memory = lambda: gone.append(tensors[0]() is None) or free()
-    engine.generate(many()[:2])
-    assert gone == [True]
-
-
-def test_other_errors_are_not_short_memory():
-    for error in (ValueError("out of memory"), RuntimeError("device-side assert"), broken_capture("illegal address")):
-        assert not out_of_memory(error)
-    with pytest.raises(RuntimeError) as found:
-        torch.empty(2**50)
-    assert out_of_memory(found.value)
-
-
-def test_a_capture_that_fails_is_forgotten(monkeypatch):
-    """The next run of its pass is plain again, the one after it is captured."""
-    graphs, ran = Graphs(torch.device("cpu"), enabled=True), []
-
-    def run():
-        graphs.run(("pass",), dict(x=np.zeros(1)), dict(x=1), lambda _: ran.append("plainly"))
-
-    def fail(*_):
-        raise torch.OutOfMemoryError
-
-    class Captured:
-        def replay(self):
-            ran.append("replayed")
-
-    monkeypatch.setattr(graphs, "_capture", fail)
-    run()
-    with pytest.raises(torch.OutOfMemoryError):
-        run()
-    assert not graphs.inputs and not graphs.graphs and graphs.pool is None
-    monkeypatch.setattr(graphs, "_capture", lambda *_: (Captured(), None))
-    run(), run()
-    assert ran == ["plainly", "plainly", "replayed"]
-
-
-def test_memory_that_is_short_while_tokens_are_drawn(model, monkeypatch):
-    """The step has moved the lanes on by then; nothing may be counted twice."""
-    asked = [
-        request_of([3, ("image", n % 3), 2], temperature=1.0, top_p=0.9, seed=n, max_new_tokens=9) for n in range(6)
-    ]
-    want = [r.tokens for r in small_engine(model).generate(asked)]
-    for call in (1, 2, 4, 7):
-        calls, sample = [], runner.sample
-
-        def once(*arguments, call=call, calls=calls, sample=sample):
-            calls.append(1)
-            if len(calls) == call:
-                raise torch.OutOfMemoryError
-            return sample(*arguments)
-
-        monkeypatch.setattr(runner, "sample", once)
-        engine = watched(small_engine(model))
-        assert [r.tokens for r in engine.generate(asked)] == want
-        assert_idle(engine)
-        monkeypatch.setattr(runner, "sample", sample)
-
-
-@pytest.mark.parametrize("name", ["prefill", "decode", "image_kv"])
-def test_memory_that_is_never_enough(model, many_want, name):
-    """Each fails with the reason; what needs no such pass is answered."""
-    engine = watched(small_engine(model))
-    work = getattr(engine.runner, name)
-    short(engine, name, lambda size, _: size)
-    blind = request_of([4], max_new_tokens=1)
-    *results, answered = engine.generate([*many(), blind])
-    failed = [r for r in results if r.error]
-    assert all(r.finish_reason == "error" and r.error == "out of memory, even alone" for r in failed)
-    assert len(failed) == len(results) or (name == "decode" and len(failed) > len(results) / 2)
-    assert answered.error == ("out of memory, even alone" if name == "prefill" else None)
-    for result, tokens in zip(results, many_want):  # short ones are through before they fail a second time
-        assert result.tokens == (tokens[: len(result.tokens)] if result.error else tokens)
-    assert_idle(engine)
-    setattr(engine.runner, name, work)
-    assert [r.tokens for r in engine.generate(many())] == many_want, "and it goes on when there is memory again"
-
-
-@pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_what_memory_has_limited_grows_back(model, many_want, monkeypatch, name):
-    monkeypatch.setattr(budget, "CALM", 4)
-    monkeypatch.setattr(scheduler, "PATIENCE", 5)  # all are there when the first enter
-    engine = watched(small_engine(model, max_batch=8))
-    sizes = short(engine, name, lambda _, n: n <= 2)
-    for _ in range(2):
-        assert [r.tokens for r in engine.generate(many())] == many_want
-    assert sizes[0] == max(sizes[3:]) == engine.scheduler.limits.requests == 8
-
-
-def test_what_does_not_fit_is_not_tried_for_ever():
-    """Of 256 requests 100 fit: that is found out less and less often."""
-    limits, failures = Limits(256, 8192), 0
-    for _ in range(100_000):
-        if limits.requests > 100:
-            limits.lower(limits.requests // 2)
-            failures += 1
-        else:
-            limits.a_pass_went_well()
-    assert failures < 20 and limits.rows == 8192 and limits.requests >= 50
-
-
-def test_one_that_fits_only_when_others_have_left(model, many_want, monkeypatch):
-    """It is not tried again with every token of theirs, and answered in the end."""
-    monkeypatch.setattr(scheduler, "PATIENCE", 0)
-    engine, beside = watched(small_engine(model, max_batch=8)), []
-    prefill = engine.runner.prefill
-
-    def crowded(rows):
-        if any(len(row.layout) == 60 for row in rows):
-            beside.append(len(engine.scheduler.active) + len(rows) - 1)
-            if beside[-1] > 1:
-                raise torch.OutOfMemoryError
-        return prefill(rows)
-
-    engine.runner.prefill = crowded
-    others = [request_of([3], max_new_tokens=9 * n, ignore_eos=True) for n in range(1, 8)]
-    large = request_of([60], max_new_tokens=5)
-    results = engine.generate([*others, large, *many()])
-    assert [r.tokens for r in results[:8]] == [alone(model, r) for r in (*others, large)]
-    assert [r.tokens for r in results[8:]] == many_want
-    assert beside[-1] <= 1 and len(beside) < 6
-    assert_idle(engine)
-
-
-def test_one_that_never_fits_among_others(model, many_want):
-    """The others are answered; so are streams, whose tokens are given once."""
-    engine = watched(small_engine(model))
-    prefill = engine.runner.prefill
-
-    def picky(rows):
-        if any(40 < len(row.layout) for row in rows):
-            raise torch.OutOfMemoryError
-        return prefill(rows)
-
-    engine.runner.prefill = picky
-    requests, large = many(), request_of([60], max_new_tokens=5)
-    requests.insert(3, large)
-    got = {}
-    for request, token in engine.stream(requests):
-        got.setdefault(request, []).append(int(token))
-    requests.remove(large)
-    assert [got[r] for r in requests] == many_want and large not in got
-    assert large.result.error == "out of memory, even alone"
-    assert_idle(engine)
-
-
-def test_streams_go_on_after_memory_was_short(model, many_want):
-    """Answers so far are kept, and no token is given twice."""
-    engine = watched(small_engine(model, max_batch=5))
-    short(engine, "decode", lambda _, n: n % 5 == 2)
-    got, requests = {}, many()
-    for request, token in engine.stream(requests):
-        got.setdefault(request, []).append(int(token))
-    assert [got[r] for r in requests] == many_want
-    assert_idle(engine)
-
-
-def test_warming_up_leaves_nothing_behind():
-    engine = Engine(*build(), max_batch=2)
-    (before,) = engine.generate([Request.ask("What is it?", [picture(1)], max_new_tokens=3)])
-    held = set(engine.image_memory.entries)
-    assert engine.warm_up([1, 5], text=6) > 0
-    assert set(engine.image_memory.entries) == held and held
-    (after,) = engine.generate([Request.ask("What is it?", [picture(1)], max_new_tokens=3)])
-    assert after.tokens == before.tokens
-
-
-@pytest.mark.parametrize("window, images", [(24, 6), (20, 6), (19, 0), (16, 0)])
-def test_warming_up_within_a_small_window(window, images):
-    """An image takes 16 positions, the answer 3 beyond the prompt; where there is no room for it, text is enough."""
-    model, processor = seeing_model(text_config=dict(max_position_embeddings=window))
-    engine = watched(small_engine(model, processor=processor))
-    engine.warm_up([2])
-    assert engine.image_memory.misses == images and not engine.image_memory.entries
-
-
-@pytest.mark.parametrize("variant", ["accel", "dense"])
-@pytest.mark.parametrize("room", [0, 1])
-def test_warming_up_evicts_no_image(variant, room):
-    model, processor = seeing_model(variant=variant)
-    size = FEATURE if variant == "dense" else KV + FEATURE
-    engine = watched(small_engine(model, processor=processor, image_memory_bytes=(3 + room) * size - 1))
-    engine.generate([Request.ask("What?", [picture(n)], max_new_tokens=1) for n in range(2)])
-    held, misses = list(engine.image_memory.entries), engine.image_memory.misses
-    engine.warm_up([3])
-    assert list(engine.image_memory.entries) == held and engine.image_memory.evictions == 0
-    assert engine.image_memory.misses == misses + 3 * room
 
 
 def test_an_interrupt_while_requests_enter_loses_nothing(monkeypatch):

@@ -1,7 +1,6 @@
-"""Training data: LLaVA's own way of making labels is written out here, as the referee of ours; the rest by hand."""
+"""Training data: samples, examples, batches, their order, and what is left out."""
 
 import json
-from itertools import groupby
 from random import Random
 
 import pytest
@@ -9,184 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sentencepiece import sentencepiece_model_pb2
 from torch.utils.data import DataLoader
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.builders import tiny_model
-from tests.spm import IMAGE, llava_folder, llava_ids, slow_llama_ids
+from tests.spm import IMAGE
+from tests.training import talk
 from vica.cli.main import main
 from vica.data.collate import Collator
-from vica.data.conversation import VICUNA_SYSTEM, get_template
 from vica.data.grouping import LengthGroupedSampler
-from vica.data.labels import IGNORE, encode
+from vica.data.labels import IGNORE
 from vica.data.processor import ViCAProcessor
 from vica.data.samples import open_samples
 from vica.data.skipped import Skipped
-from vica.data.tokenizer import load_tokenizer
 from vica.data.training import Broken, Example, TrainingSet, TrainingStream, shuffled
 from vica.errors import ViCAError
 from vica.toy.model import save
-
-SIDE = 28
-FRAGMENTS = [*("", " ", "  ", "\n", "\t", "the", "a", "USER:", "3", "é", "🙂", "日本", "\u2581", "."), "<s>", "[/INST]"]
-WORDS = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
-
-
-def talk(*texts: str) -> list[dict]:
-    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
-
-
-# ---- labels -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def llama_like(sentencepiece_model) -> bytes:
-    """LLaVA's arithmetic takes it for granted that "USER" is one token and " USER" two, as in Llama's vocabulary."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
-    piece = next(piece for piece in proto.pieces if piece.piece == "\u2581USER")
-    piece.piece, piece.score = "USER", -50.5  # after "US" and "ER", before "\u2581US"
-    return proto.SerializeToString()
-
-
-@pytest.fixture(scope="session")
-def processors(llama_like, tmp_path_factory):
-    root, images = tmp_path_factory.mktemp("llama"), dict(height=SIDE, width=SIDE)
-    clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=images)
-    return {
-        legacy: ViCAProcessor(clip, load_tokenizer(llava_folder(root / str(legacy), llama_like, legacy)))
-        for legacy in (True, False)
-    }
-
-
-class LLaVA:
-    """What LLaVA-1.5's training makes of a conversation: ids, and the labels that it finds by counting the tokens of
-    each round alone. Where the count is not that of the whole it ignores the sample: all labels are IGNORE."""
-
-    def __init__(self, model: bytes, legacy: bool):
-        self.model, self.legacy = model, legacy
-
-    def ids(self, text: str, has_image: bool) -> list[int]:
-        return (llava_ids if has_image else slow_llama_ids)(self.model, text, self.legacy)
-
-    def v1(self, texts: list[str], has_image: bool) -> tuple[list[int], list[int]]:
-        prompt = VICUNA_SYSTEM + " "
-        for place, text in enumerate(texts):
-            if has_image and "<image>" in text:
-                text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-            role, end = (("USER", " "), ("ASSISTANT", "</s>"))[place % 2]
-            prompt += f"{role}: {text}{end}" if text else f"{role}:"
-        ids = self.ids(prompt, has_image)
-        learned, at = [False] * len(ids), 1
-        for place, part in enumerate(prompt.split("</s>")):
-            if part == "" or len(part.split(" ASSISTANT: ")) != 2:
-                break
-            length = len(self.ids(part, has_image))
-            question = len(self.ids(part.split(" ASSISTANT: ")[0] + " ASSISTANT: ", has_image)) - 2
-            if place and not self.legacy:
-                length, question = length - 1, question - 1
-            learned[at + question : at + length] = [True] * (length - question)
-            at += length
-        if at != len(ids):
-            learned = [False] * len(ids)
-        return ids, [token if yes else IGNORE for token, yes in zip(ids, learned, strict=True)]
-
-    def plain(self, caption: str) -> tuple[list[int], list[int]]:
-        ids = self.ids(f"<image>{caption}\n", True)
-        return ids, [IGNORE, IGNORE, *ids[2:]]
-
-
-@st.composite
-def conversations(draw):
-    """Texts in turn, at most one of the questions with an image, at any place of it."""
-    texts = draw(st.lists(WORDS, min_size=2, max_size=7))
-    if draw(st.booleans()):
-        place = 2 * draw(st.integers(0, (len(texts) - 1) // 2))
-        texts[place] = draw(st.sampled_from(["{}<image>\n", "<image>{}", " \n{}  <image>"])).format(texts[place])
-    return texts
-
-
-@settings(max_examples=400)
-@given(texts=conversations(), legacy=st.booleans())
-def test_v1_is_llavas(processors, llama_like, texts, legacy):
-    has_image = any("<image>" in text for text in texts)
-    ids, labels = LLaVA(llama_like, legacy).v1(texts, has_image)
-    if set(labels) == {IGNORE} or not all(texts[0::2]):
-        with pytest.raises(ViCAError):
-            encode(talk(*texts), processors[legacy], "v1")
-    else:
-        assert encode(talk(*texts), processors[legacy], "v1") == (ids, labels)
-
-
-@settings(max_examples=100)
-@given(question=WORDS, caption=WORDS.filter(bool), legacy=st.booleans())
-def test_plain_is_llavas_but_for_the_token_after_the_image(processors, llama_like, question, caption, legacy):
-    ids, labels = LLaVA(llama_like, legacy).plain(caption)
-    labels[2] = IGNORE
-    assert encode(talk(question + "<image>", caption), processors[legacy], "plain") == (ids, labels)
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize(("template", "end"), [("v1", "</s>"), ("llama_2", " </s>"), ("mistral", " </s>")])
-def test_the_answers_are_learned_and_nothing_else(processors, template, end, legacy):
-    answers = ["3 birds.", "日本 🙂\n  yes ", "\nNo"]
-    texts = ["<image>\nHow many?", answers[0], "Sure? <image> <image>", answers[1], "[/INST] ASSISTANT: 3", answers[2]]
-    ids, labels = encode(talk(*texts), processors[legacy], template)
-    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
-    spans = [list(span) for learned, span in groupby(labels, key=lambda label: label != IGNORE) if learned]
-    decoded = [processors[legacy].tokenizer.decode(span) for span in spans]
-    assert [text.removeprefix(" ") for text in decoded] == [answer + end for answer in answers]
-    texts[2] = "<image>\n<image>\nSure?"  # the images of a message go in front of it
-    prompt = get_template(template).render(list(zip(["user", "assistant"] * 3, texts, strict=True)))
-    assert ids == processors[legacy].tokenize(prompt)
-
-
-def test_an_answer_before_any_question_is_left_out(processors):
-    late = [{"from": "gpt", "value": "Hello"}, *talk("What?", "That.")]
-    assert encode(late, processors[False], "v1") == encode(talk("What?", "That."), processors[False], "v1")
-
-
-def test_text_is_cut_at_the_right_end(processors):
-    texts = talk("<image>\nWhat?", "The mat.", "And <image>?", "The cat.")
-    ids, labels = encode(texts, processors[False], "v1")
-    for length in range(ids.index(IMAGE) + 30, len(ids)):
-        assert encode(texts, processors[False], "v1", max_length=length) == (ids[:length], labels[:length])
-    second = len(ids) - ids[::-1].index(IMAGE) - 1
-    before = second + 575  # positions before the second image; the first takes 576
-    for length in (before, before + 575):  # an image that does not fit goes with what stands behind it
-        assert encode(texts, processors[False], "v1", length, visual_tokens=576)[0] == ids[:second]
-    assert encode(texts, processors[False], "v1", before + 577, visual_tokens=576)[0] == ids[: second + 2]
-    with pytest.raises(ViCAError, match="no answer begins within 40 positions"):
-        encode(texts, processors[False], "v1", max_length=40)
-
-
-BAD = {
-    "does not end with an answer": talk("a", "b", "c"),
-    "a question is empty": talk("a", "b", "", "c"),
-    "gpt speaks twice": [*talk("a", "b"), {"from": "gpt", "value": "c"}],
-    "human speaks twice": [*talk("a", "b", "c"), {"from": "human", "value": "c"}],
-    "turn 2 must be": [*talk("a"), {"from": "gpt", "value": None}],
-    "turn 1 must be": [{"from": "system", "value": "Be good."}, *talk("a", "b")],
-    "conversations must be a list of turns, got \\[\\]": [],
-    "conversations must be a list of turns, got 'a'": "a",
-    "a message holds </s>": talk("<s>struck</s>", "b"),
-    "an answer holds <image>": talk("<image>", "see <image>"),
-    "turn 1 holds half a character": talk("\ud83d", "b"),
-    "without its <image> marks holds another": talk("<im<image>age>", "b"),
-}
-
-
-@pytest.mark.parametrize("reason", BAD)
-def test_malformed_conversations_say_why(processors, reason):
-    with pytest.raises(ViCAError, match=reason):
-        encode(BAD[reason], processors[False], "v1")
-
-
-def test_plain_takes_one_image_and_its_caption(processors):
-    for texts in (["a", "b"], ["<image>", "b", "c", "d"]):
-        with pytest.raises(ViCAError, match="template plain takes an image and its caption"):
-            encode(talk(*texts), processors[False], "plain")
-
 
 # ---- samples ----------------------------------------------------------------------------------------------------
 
@@ -249,14 +85,14 @@ def tables(tmp_path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_datasets_give_the_same_examples(tables, tmp_path, folder, processors, streaming):
-    want = TrainingSet(open_samples(write(tmp_path / "a.json", RECORDS)), processors[False], folder)
+def test_datasets_give_the_same_examples(tables, tmp_path, folder, processor, streaming):
+    want = TrainingSet(open_samples(write(tmp_path / "a.json", RECORDS)), processor, folder)
     for name, first in (("lists [1].parquet", 0), ("saved", 1), ("folder", 0)):
         samples = open_samples(tables / name, streaming)
         if streaming:
-            got = list(TrainingStream(samples, processors[False], buffer=0))
+            got = list(TrainingStream(samples, processor, buffer=0))
         else:
-            got = TrainingSet(samples, processors[False])
+            got = TrainingSet(samples, processor)
             assert got.lengths == want.lengths[first:]
         assert len(got) == 3 - first
         for one, other in zip(got, [want[i] for i in range(first, 3)], strict=True):
@@ -264,13 +100,13 @@ def test_datasets_give_the_same_examples(tables, tmp_path, folder, processors, s
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_a_broken_embedded_image_breaks_its_sample_only(tmp_path, folder, processors, listed):
+def test_a_broken_embedded_image_breaks_its_sample_only(tmp_path, folder, processor, listed):
     datasets = pytest.importorskip("datasets")
     images = [{"bytes": (folder / name).read_bytes()} for name in ("broken.png", "tall.png")]
     rows = [{**RECORDS[2], "image": [image] if listed else image} for image in images]
     kind = datasets.List(datasets.Image()) if listed else datasets.Image()
     datasets.Dataset.from_list(rows).cast_column("image", kind).save_to_disk(tmp_path)
-    data = TrainingSet(open_samples(tmp_path), processors[False])
+    data = TrainingSet(open_samples(tmp_path), processor)
     assert "cannot be read" in data[0].reason and len(data[1].pixel_values) == 1
 
 
@@ -309,17 +145,17 @@ def test_sources_that_cannot_be_opened(tmp_path):
 # ---- examples and batches ---------------------------------------------------------------------------------------
 
 
-def test_examples(tmp_path, folder, processors):
-    data = TrainingSet(open_samples(write(tmp_path / "a.jsonl", RECORDS)), processors[False], folder)
+def test_examples(tmp_path, folder, processor):
+    data = TrainingSet(open_samples(write(tmp_path / "a.jsonl", RECORDS)), processor, folder)
     assert [len(data[i].pixel_values) for i in range(3)] == [2, 0, 1] and data[2].id == "7"
-    pixels = processors[False].process_images([folder / "wide.png", folder / "tall.png"])
+    pixels = processor.process_images([folder / "wide.png", folder / "tall.png"])
     for got, want in zip(data[0].pixel_values, pixels, strict=True):
         assert got.dtype == torch.float32 and torch.equal(got, torch.from_numpy(want))
     assert data[0].input_ids.tolist().count(IMAGE) == 2 and data[0].input_ids.dtype == torch.int64
     assert data.lengths == [4, -6, 6]
 
 
-def test_bad_data_is_broken_and_says_why(tmp_path, folder, processors):
+def test_bad_data_is_broken_and_says_why(tmp_path, folder, processor):
     conversations = RECORDS[2]["conversations"]
     bad = {
         "no such file": {"image": "absent.png", "conversations": conversations},
@@ -337,7 +173,7 @@ def test_bad_data_is_broken_and_says_why(tmp_path, folder, processors):
     path = write(tmp_path / "bad.jsonl", records)
     with open(path, "a") as file:
         file.write('{"id": "cut off", "conver')
-    data = TrainingSet(open_samples(path), processors[False], folder)
+    data = TrainingSet(open_samples(path), processor, folder)
     got = [item for batch in DataLoader(data, 3, num_workers=2, collate_fn=list) for item in batch]
     for item, reason in zip(got, [*bad, """got '{"id": "cut off", "conver'"""], strict=True):
         assert isinstance(item, Broken) and reason in item.reason, item
@@ -345,19 +181,19 @@ def test_bad_data_is_broken_and_says_why(tmp_path, folder, processors):
     assert all(length != 0 for length in data.lengths)
 
 
-def test_mistakes_that_are_no_samples_fault_raise(tmp_path, folder, processors, tokenizer):
+def test_mistakes_that_are_no_samples_fault_raise(tmp_path, folder, processor, tokenizer):
     samples = open_samples(write(tmp_path / "a.json", RECORDS))
     with pytest.raises(ViCAError, match="--image-folder is 'nowhere': no such folder"):
-        TrainingSet(samples, processors[False], "nowhere")
+        TrainingSet(samples, processor, "nowhere")
     with pytest.raises(ViCAError, match="unknown conversation template 'v9'"):
-        TrainingSet(samples, processors[False], folder, template="v9")
+        TrainingSet(samples, processor, folder, template="v9")
     tokenizer.eos_token = "<s>"
     with pytest.raises(ViCAError, match="ends answers with </s>, which is not the tokenizer's eos"):
         TrainingSet(samples, ViCAProcessor(tokenizer=tokenizer), folder)
 
 
-def test_batches(tmp_path, folder, processors):
-    data = TrainingSet(open_samples(write(tmp_path / "a.json", RECORDS)), processors[False], folder)
+def test_batches(tmp_path, folder, processor):
+    data = TrainingSet(open_samples(write(tmp_path / "a.json", RECORDS)), processor, folder)
     items, broken = [data[i] for i in range(3)], Broken("x", "why")
     batch = Collator(pad_id=5)([items[0], broken, items[1], items[2]])
     assert batch["sample_ids"] == ["two", "text", "7"] and batch["broken"] == [broken]
@@ -382,7 +218,7 @@ def test_a_batch_of_broken_samples_is_a_step_that_teaches_nothing():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processors, monkeypatch, workers):
+def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processor, monkeypatch, workers):
     monkeypatch.setenv("WORLD_SIZE", "2")
     records = [{"id": i, "conversations": talk("a", "b")} for i in range(23)]
     stream = open_samples([write(tmp_path / "a.jsonl", records[:9]), write(tmp_path / "b.json", records[9:])], True)
@@ -391,7 +227,7 @@ def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processors, monkeypatc
         shares = []
         for rank in range(2):
             monkeypatch.setenv("RANK", str(rank))
-            data = TrainingStream(stream, processors[False], buffer=4)
+            data = TrainingStream(stream, processor, buffer=4)
             data.set_epoch(number)
             shares.append([item.id for item in DataLoader(data, None, num_workers=workers)])
         return shares
@@ -402,8 +238,8 @@ def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processors, monkeypatc
     assert epoch(0) == first and epoch(1) != first and first[0] != sorted(first[0], key=int)
 
 
-def test_a_stream_of_one_piece_has_work_for_one_worker(tables, processors):
-    data = TrainingStream(open_samples(tables / "lists [1].parquet", True), processors[False], buffer=0, endless=True)
+def test_a_stream_of_one_piece_has_work_for_one_worker(tables, processor):
+    data = TrainingStream(open_samples(tables / "lists [1].parquet", True), processor, buffer=0, endless=True)
     loader = iter(DataLoader(data, 2, num_workers=3, collate_fn=list))
     assert [[item.id for item in next(loader)] for _ in range(3)] == [["two", "text"], ["7", "two"], ["text", "7"]]
 
@@ -477,10 +313,10 @@ def test_skipped_samples_are_reported_once_and_counted_over_ranks(tmp_path):
         Skipped(file, 3)
 
 
-def test_samples_that_share_an_id_count_each(tmp_path, folder, processors):
+def test_samples_that_share_an_id_count_each(tmp_path, folder, processor):
     """In LLaVA's mixes an id is often the image's: all that is asked about a missing one would count as one."""
     records = [{**RECORDS[2], "image": "absent.png"}] * 3 + [RECORDS[1]] * 5
-    data = TrainingSet(open_samples(write(tmp_path / "a.json", records)), processors[False], folder)
+    data = TrainingSet(open_samples(write(tmp_path / "a.json", records)), processor, folder)
     skipped = Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data))
     for index in (0, 1, 0, 1):  # two epochs
         skipped.add(data[index])

@@ -22,6 +22,10 @@ WRAPPED = "base_model.model."
 ADAPTERS = {f"model.layers.{i}.{x}.lora_{ab}.default.weight" for i in range(4) for x in MAPS for ab in "AB"}
 
 
+def talk(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+
+
 def write_base(folder: Path, **changes) -> Path:
     """A Llama of four layers with its tokenizer, and the tower beside it. `changes` are the language model's."""
     torch.manual_seed(0)

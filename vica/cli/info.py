@@ -61,12 +61,10 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
     if config.variant == "mask":
         lines.append(("note", "what follows is accel's cost; mask computes and keeps everything, as dense does"))
     if visual:
+        share = 100 * ours / full
         lines += [
             ("an image", f"{visual} visual tokens"),
-            (
-                "visual FLOPs",
-                f"{ours:.3g} of {full:.3g} dense ({100 * ours / full:.1f}%), after {PREFIX} tokens of text",
-            ),
+            ("visual FLOPs", f"{ours:.3g} of {full:.3g} dense ({share:.1f}%), after {PREFIX} tokens of text"),
             ("KV bytes", f"{image_token * visual:,} an image, {text_token:,} a text token (16 bit)"),
         ]
     return lines
