@@ -53,14 +53,15 @@ launch() {
     if [ "$found" -gt 0 ]; then flags+=(--bf16 True --tf32 True); else flags+=(--use_cpu True) ENGINE=none; fi
     if [ "${ENGINE:-none}" != none ]; then flags+=(--deepspeed "$ENGINE"); fi
 
-    find_port
     if [ -n "${HOSTFILE:-}" ] || [ "${LAUNCHER:-torchrun}" = deepspeed ]; then
+        find_port
         local machines=(--num_gpus "$processes")
         if [ -n "${HOSTFILE:-}" ]; then machines=(--hostfile "$HOSTFILE"); fi
         starter=("$(dirname "$PYTHON")/deepspeed" "${machines[@]}" --master_port "$MASTER_PORT" --module vica.train)
     elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "${ENGINE:-none}" = none ]; then # not DeepSpeed alone
         starter=("$PYTHON" -m vica.train)
     else
+        find_port
         starter=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nodes"
             --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" -m vica.train)
     fi

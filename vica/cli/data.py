@@ -18,6 +18,7 @@ from ..errors import ViCAError
 from ..loading import load_processor
 from ..model import checkpoint
 from ..model.sizes import visual_tokens
+from . import common
 
 SHOWN = 10
 
@@ -30,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--image-folder", metavar="D", help="where the images lie that records name")
     verb.add_argument("--model", metavar="M", help="tokenize as this model does; without it texts are only read")
     verb.add_argument("--template", default="v1", metavar="NAME", help="prompt template to tokenize with (v1)")
-    verb.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)"
-    )
+    workers = min(8, os.cpu_count() or 1)
+    verb.add_argument("--workers", type=int, default=workers, metavar="N", help=f"processes {common.DEFAULT}")
     verb.add_argument("--report", metavar="FILE", help="write all broken samples here, one JSON line each")
 
 

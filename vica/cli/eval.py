@@ -69,8 +69,8 @@ def run(args) -> None:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]
     root = None if args.hub else args.data or ROOT
     questions = {task.name: read_questions(task, root, args.split, args.limit) for task in tasks}
-    if args.baseline:  # a wrong one is found sooner than a model is loaded
-        report.check_baseline(args.baseline, {name: len(asked) for name, asked in questions.items()})
+    counts = {name: len(asked) for name, asked in questions.items()}
+    baseline = report.read_baseline(args.baseline, counts) if args.baseline else {}  # before a model is loaded
     with all_ranks() as ranks, ExitStack() as folders:
         args.device = ranks.device(args.device)
         model, processor = common.load_for_answers(args)
@@ -91,7 +91,9 @@ def run(args) -> None:
                 outcomes.append(outcome)
     if not outcomes:
         return  # another process than the first
-    summary = report.summarise(outcomes, about, model.config, args.baseline)
+    summary = report.summarise(
+        outcomes, dict(about, baseline=args.baseline and str(args.baseline)), model.config, baseline
+    )
     print("\n" + table([report.HEADING, *report.cells(summary)]))
     print(*report.save(summary, out))
     if failed := [f"{o.task.name} {len(o.failed)}" for o in outcomes if o.failed and not args.allow_errors]:

@@ -16,13 +16,12 @@ from .run import Outcome
 HEADING = ("benchmark", "metric", "score", "of baseline", "visual GFLOPs", "questions", "questions/s")
 
 
-def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline: Path | None) -> dict:
-    """`visual_gflops` is what the decoder spends on the visual tokens of one image."""
-    held = {name: row["score"] for name, row in baseline_rows(baseline).items()} if baseline else {}
+def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline: dict[str, float | None]) -> dict:
+    """`visual_gflops` is what the decoder spends on the visual tokens of one image; `baseline` are scores by task."""
     rows = []
     for outcome in outcomes:
         value = outcome.score.value if outcome.score else None
-        base = held.get(outcome.task.name)
+        base = baseline.get(outcome.task.name)
         told = outcome.as_json()
         rows.append(
             dict(
@@ -38,27 +37,24 @@ def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline
                 failed=len(outcome.failed),
             )
         )
-    return dict(about, baseline=baseline and str(baseline), benchmarks=rows)
+    return dict(about, benchmarks=rows)
 
 
-def check_baseline(path: Path, counts: dict[str, int]) -> None:
-    """Percents of the score of other questions would mislead. `counts` says how many each benchmark asks."""
-    held = baseline_rows(path)
-    for name, count in counts.items():
-        if name in held and held[name]["questions"] != count:
-            raise ViCAError(
-                f"{path} has {held[name]['questions']} questions of {name}, this run {count}: --limit, --split and the "
-                "data must be the same"
-            )
-
-
-def baseline_rows(path: Path) -> dict[str, dict]:
+def read_baseline(path: Path, counts: dict[str, int]) -> dict[str, float | None]:
+    """Scores by task of another run's summary. `counts` says how many questions each benchmark has in this run:
+    percents of the score of others would mislead."""
     try:
-        rows = {row["task"]: row for row in json.loads(path.read_bytes())["benchmarks"]}
-        [(row["score"], row["questions"]) for row in rows.values()]  # what will be asked of them
+        rows = json.loads(path.read_bytes())["benchmarks"]
+        held = {row["task"]: (row["score"], row["questions"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ViCAError(f"{path} is no summary.json of vica eval") from error
-    return rows
+    for name, (_, count) in held.items():
+        if counts.get(name, count) != count:
+            raise ViCAError(
+                f"{path} has {count} questions of {name}, this run {counts[name]}: --limit, --split and the data must "
+                "be the same"
+            )
+    return {name: score for name, (score, _) in held.items()}
 
 
 def cells(summary: dict) -> list[tuple]:

@@ -1,6 +1,6 @@
 """SEED-Bench's questions about images: one of four options, of nine types. Those about videos are left out.
 
-An id may be that of two questions: the authors' own answers to the 14,233 have 14,232 ids. The second is told by #2."""
+Where an id is that of two questions, the second is told by #2."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

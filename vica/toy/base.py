@@ -32,6 +32,7 @@ POSITIONS = 2048
 CAPTION_TOKENS = 72
 SCENES = 20000  # whose sentences the language model reads
 FAMILY = 4  # pictures that differ in one thing
+DEFAULT = "(default: %(default)s)"  # argparse fills it in
 LEAST = {"tower_steps": 1, "language_steps": 1, "pictures": FAMILY, "batch": 1}
 
 
@@ -40,17 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m vica.toy.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower-steps", type=int, default=8000, metavar="N", help="(default: 8000)")
-    parser.add_argument("--language-steps", type=int, default=2500, metavar="N", help="(default: 2500)")
+    parser.add_argument("--tower-steps", type=int, default=8000, metavar="N", help=DEFAULT)
+    parser.add_argument("--language-steps", type=int, default=2500, metavar="N", help=DEFAULT)
     parser.add_argument(
-        "--pictures", type=int, default=80000, metavar="N", help="that the tower learns from (default: 80000)"
+        "--pictures", type=int, default=80000, metavar="N", help=f"that the tower learns from {DEFAULT}"
     )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=512,
-        help="pictures a step, and a quarter as many texts of 256 tokens (default: 512)",
-    )
+    parser.add_argument("--batch", type=int, default=512, help=f"pictures a step; a quarter as many texts {DEFAULT}")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
