@@ -126,6 +126,7 @@ def test_a_baseline_of_other_questions_is_refused(model, data, tmp_path, capsys)
     said = capsys.readouterr().err
     assert f"{file} has 2 questions of pope, this run " in said and "--limit, --split and the data must be" in said
     assert evaluate("pope", model, data, tmp_path / "b", "--limit", 2, "--baseline", file) == 0
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["baseline"] == str(file)
 
 
 def test_a_baseline_of_other_benchmarks_compares_nothing(model, data, tmp_path):
