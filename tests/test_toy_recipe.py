@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -16,7 +17,7 @@ import vica
 from tests.builders import assert_close
 from tests.engines import answer, seeing_model
 from tests.training import arguments
-from vica.toy import base, claim, evaluate
+from vica.toy import base, claim, evaluate, layers
 from vica.toy.captions import caption
 from vica.toy.score import read_questions
 from vica.toy.world import draw
@@ -64,20 +65,35 @@ def test_training_goes_on_from_the_base(root, tmp_path):
     assert (model.config.text_config.num_hidden_layers, processor.image_processor.crop_size["height"]) == (12, 112)
 
 
-def test_what_the_tower_learns_from(root, monkeypatch):
-    """Families of pictures as the saved image processor gives them, each with its own caption, which is read at its
-    first pad token."""
-    pictures, captions, scenes, seen = [], [], [], {}
+def test_families_are_twins_with_their_captions(monkeypatch):
+    pictures, captions, scenes = [], [], []
 
     def drawn(scene):
         scenes.append(scene)
-        pictures.append(draw(scene))
-        return pictures[-1]
+        pictures.append(np.asarray(draw(scene)).transpose(2, 0, 1))
+        return draw(scene)
 
     def told(scene, rng):
         assert scene == scenes[len(captions)]
-        captions.append(caption(scene, rng))
-        return captions[-1]
+        captions.append(f"{caption(scene, rng)}</s>")
+        return captions[-1].removesuffix("</s>")
+
+    alone = [base.draw_family(1, number) for number in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "draw", drawn)
+        patch.setattr(base, "caption", told)
+        family, said = base.draw_family(1, 4)
+    assert (family == np.stack(pictures)).all() and (family == alone[4][0]).all() and said == captions == alone[4][1]
+    assert len({*scenes}) == 4 and all(len(scene.things) == len(scenes[0].things) for scene in scenes)
+    pixels, captions = base.draw_families(6, 1)
+    assert (pixels.numpy() == np.concatenate([one for one, _ in alone])).all()
+    assert captions == sum((said for _, said in alone), [])
+
+
+def test_what_the_tower_learns_from(root, monkeypatch):
+    """Families of pictures as the saved image processor gives them, each with its own caption, which is read at its
+    first pad token."""
+    seen = {}
 
     def learn(model, loss, *_):
         model.vision_model.embeddings.patch_embedding.register_forward_pre_hook(lambda _, x: seen.update(pixels=x[0]))
@@ -86,12 +102,12 @@ def test_what_the_tower_learns_from(root, monkeypatch):
         )
         loss().backward()
 
-    for name, stand_in in (("draw", drawn), ("caption", told), ("learn", learn)):
-        monkeypatch.setattr(base, name, stand_in)
-    tokenizer = AutoTokenizer.from_pretrained(root / "llm")
-    base.contrastive(tokenizer, Namespace(pictures=24, batch=64, tower_steps=1, seed=0), torch.device("cpu"))
+    monkeypatch.setattr(base, "learn", learn)
+    tokenizer, (pictures, captions) = AutoTokenizer.from_pretrained(root / "llm"), base.draw_families(6, 0)
+    base.contrastive(tokenizer, pictures, captions, Namespace(batch=64, tower_steps=1), torch.device("cpu"))
 
-    processed = CLIPImageProcessorPil.from_pretrained(root / "tower")(pictures).pixel_values
+    processor = CLIPImageProcessorPil.from_pretrained(root / "tower")
+    processed = processor([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures]).pixel_values
     processed = torch.from_numpy(np.stack(processed))
     places = torch.cdist(seen["pixels"].flatten(1), processed.flatten(1)).argmin(1)
     assert_close(seen["pixels"], processed[places])
@@ -99,9 +115,56 @@ def test_what_the_tower_learns_from(root, monkeypatch):
     assert torch.equal(families, families[:, :1] + torch.arange(4)) and len(families.unique()) > 12
     pads = (seen["ids"] == tokenizer.pad_token_id).int().argmax(1)
     read = [tokenizer.decode(row[:pad]) for row, pad in zip(seen["ids"], pads)]
-    assert read == [f"<s>{captions[place]}</s>" for place in places]
+    assert read == [f"<s>{captions[place]}" for place in places]
     reached = seen["words"].grad.any(-1)
     assert torch.equal(reached, torch.arange(reached.shape[1]) <= pads[:, None])
+
+
+def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "SCENES", 30)
+    out = tmp_path / "base"
+    assert base.main(["--out", str(out), *STEPS, *CPU, "--only", "llm"]) == 0
+    assert [path.name for path in out.iterdir()] == ["llm"]
+    made = (out / "llm/model.safetensors").stat().st_mtime_ns
+    assert base.main(["--out", str(out), *STEPS, *CPU]) == 0
+    assert (out / "llm/model.safetensors").stat().st_mtime_ns == made
+    for name in ("llm", "tower"):  # in whatever order, by one command or two
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, root))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# --- the layers ---------------------------------------------------------------------------------------------------
+
+
+def test_what_follows_a_caption_sees_it_only_in_layers_that_read(root):
+    reader = layers.Reader(root / "llm", 6, torch.device("cpu"))
+    asked = [layers.prepare(AutoTokenizer.from_pretrained(root / "llm"), number) for number in range(6)]
+    own, plain = [], LlamaForCausalLM.from_pretrained(root / "llm")
+    for ids, answers, _ in asked:
+        with torch.no_grad():
+            own.append(-plain(ids[None], labels=torch.where(answers, ids, -100)[None]).loss * answers.sum())
+    assert reader(range(12)).likelihood == pytest.approx(torch.stack(own).mean().item(), abs=1e-4)
+    before = {reading: reader(reading).likelihood for reading in ((), (3,))}
+    captions = torch.nn.utils.rnn.pad_sequence([caption for *_, caption in asked], batch_first=True)
+    reader.ids = torch.where(captions, 77, reader.ids)
+    assert reader(()).likelihood == pytest.approx(before[()], abs=1e-6)
+    assert abs(reader((3,)).likelihood - before[(3,)]) > 1e-5
+
+
+def test_the_search_for_layers(monkeypatch):
+    class Stand:
+        depth = 5
+
+        def __call__(self, reading):
+            return layers.Score(0.0, sum({1: 3.0, 4: 2.0}.get(layer, -1.0) for layer in reading))
+
+    lines = layers.search(Stand(), 2).splitlines()
+    assert [re.split("  +", line)[0] for line in lines[2:5]] == ["all", "none", "[1, 4]"] and len(lines) == 14
+
+
+def test_no_language_model_is_told(tmp_path, capsys):
+    assert layers.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"vica.toy.layers: {tmp_path} holds no language model\n"
 
 
 def test_learning(capsys):
@@ -228,14 +291,14 @@ TABLE = """\
 
 @pytest.fixture
 def runs(tmp_path):
-    for name, layers, (word, every), seconds in RUNS:
+    for name, reading, (word, every), seconds in RUNS:
         config = vica.ViCAConfig(
             text_config=dict(
                 hidden_size=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, num_hidden_layers=4
             ),
             vision_config=dict(image_size=28, patch_size=14),
             variant="dense" if name.startswith("dense") else "accel",
-            t2v_layers=layers,
+            t2v_layers=reading,
         )
         config.save_pretrained(tmp_path / name / "model")
         # Stopped after two steps, which took a quarter of the time, and gone on; the last entry tells of the rest only.

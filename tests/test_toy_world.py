@@ -16,7 +16,7 @@ from PIL import Image
 from vica.errors import ViCAError
 from vica.toy import letters, world, write
 from vica.toy.captions import caption
-from vica.toy.language import language, vocabulary
+from vica.toy.language import language
 from vica.toy.questions import CHINESE, LETTER, LETTER_CHINESE, SHORT, ask
 from vica.toy.score import read_questions, score
 from vica.toy.twins import twins
@@ -248,7 +248,7 @@ def test_splits_share_no_combination():
             assert world.is_train_scene(scene) == (split == "train")
 
 
-def test_twins_differ_in_one_thing():
+def test_twins_differ_in_one_thing_or_have_exchanged_one():
     changed = Counter()
     for scene, rng in drawn("train", 300):
         first, *others = twins(scene, 3, rng)
@@ -260,11 +260,19 @@ def test_twins_differ_in_one_thing():
                 assert other.things == scene.things and len(other.word.text) == len(scene.word.text)
                 changed["word"] += 1
                 continue
-            assert len(other.things) == len(scene.things) == len(alike) + 1
+            assert len(other.things) == len(scene.things)
+            if len(alike) == len(scene.things) - 2:
+                pairs = list(zip(*([t for t in s.things if t not in alike] for s in (scene, other))))
+                (field,) = {n for pair in pairs for n in vars(pair[0]) if len({getattr(t, n) for t in pair}) > 1}
+                (one, new_one), (two, new_two) = pairs
+                assert [getattr(t, field) for t in (one, two)] == [getattr(t, field) for t in (new_two, new_one)]
+                changed[f"exchanged {field}"] += 1
+                continue
             (before,), (after,) = {*scene.things} - alike, {*other.things} - alike
             fields = {name for name in vars(before) if getattr(before, name) != getattr(after, name)}
             changed[" ".join(sorted(fields - {"shift"} - {"row", "column"})) or "place"] += 1
-    assert set(changed) == {"word", "shape", "colour", "size", "place"} and min(changed.values()) > 50
+    assert set(changed) == {"word", "shape", "colour", "size", "place", "exchanged shape", "exchanged colour"}
+    assert min(changed.values()) > 40
 
 
 # The best constant answer's share of a kind, and that of the best answer learned for each text: no more than these.
@@ -295,11 +303,13 @@ def test_blind_guesses_are_chance(split):
         assert right[kind] / asked[kind] <= LEARNED[kind], kind
 
 
+WORD = r"[A-Za-z]+|\d|[\u4e00-\u9fff]"
+
+
 def test_the_language_is_closed():
-    words = set(vocabulary())
-    assert len(words) < 220
-    said = "\n".join(language(500, seed=1))
-    assert set(re.findall(r"[A-Za-z]+|\d|[\u4e00-\u9fff]", said)) <= words
+    words, said = (set(re.findall(WORD, "\n".join(language(n, seed)))) for n, seed in ((3000, 0), (500, 1)))
+    assert said <= words and len(words) < 260
+    said = "".join(said)
     said += "".join(f"{q.text}{q.answer}" for scene, rng in drawn("test", 500) for q in ask(scene, rng))
     assert not set(re.findall(r"[^\W_]", said)) - set("".join(words))
 
@@ -349,16 +359,49 @@ def test_training_files_are_llavas(folder):
             assert len(turns) == 2 if name == "pretrain" else 10 <= len(turns) <= 12
 
 
-def test_training_answers_are_about_their_picture(folder):
+def test_training_questions_have_many_forms_and_right_answers(folder):
+    forms = Counter()
     for sample in json.loads((folder / "finetune.json").read_text()):
         if "image" in sample:
             scene = write.scene_at("train", int(sample["id"].removeprefix("train-")), seed=3)
             with Image.open(folder / "images" / sample["image"]) as picture:
                 eyes = Eyes(scene, picture)
             for human, gpt in zip(sample["conversations"][::2], sample["conversations"][1::2]):
-                text, *options, _ = human["value"].removeprefix("<image>\n").split("\n")
-                if not options:
-                    assert eyes.answer(text) == gpt["value"]
+                forms.update(check_form(eyes, human["value"].removeprefix("<image>\n"), gpt["value"]))
+    options, prompts = {f"{n} options" for n in (2, 3, 4)}, {SHORT, LETTER, LETTER_CHINESE, "no prompt"}
+    assert set(forms) == {"hint", "context", "OCR", "OCR nothing", "OCR word", "OCR parts", *options, *prompts}
+
+
+def check_form(eyes: Eyes, text: str, answer: str) -> list[str]:
+    """What a question has besides itself; all of it must be true, and the answer right."""
+    lines, found = text.split("\n"), []
+    found.append(lines.pop() if lines[-1] in (SHORT, LETTER, LETTER_CHINESE) else "no prompt")
+    options = [line for line in lines if re.match("[A-D]. ", line)]
+    lines = [line for line in lines if line not in options]
+    if options:
+        assert [o[0] for o in options] == [*"ABCD"[: len(options)]] and len({o[3:] for o in options}) == len(options)
+        found.append(f"{len(options)} options")
+    if read := [line for line in lines if line.startswith("Reference OCR token: ")]:
+        tokens = only(read).removeprefix("Reference OCR token: ").split(", ")
+        lines.remove(read[0])
+        assert "".join(tokens) in ("", eyes.word.text)
+        found += ["OCR", "OCR parts" if len(tokens) > 1 else "OCR word" if tokens[0] else "OCR nothing"]
+    *hints, question = lines
+    if hints and hints[0].startswith("Context: "):
+        found.append("context")
+        hints[0] = hints[0].removeprefix("Context: ")
+    elif hints:
+        found.append("hint")
+    english = in_english(question) if re.search("[\u4e00-\u9fff]", question) else question
+    right = eyes.answer(english)
+    for hint in hints:
+        told = only(re.findall("背景是(.+)。|写的是(.+)。|background is (.+)\\.|word (.+) is written", hint))
+        told = translated("".join(told))
+        assert told in (eyes.ground(), eyes.word and eyes.word.text) and told != right
+    if options:
+        right = only([o[0] for o in options if translated(o[3:]) == right])
+    assert right == answer, (text, answer)
+    return found
 
 
 def test_questions_are_scored_by_kind(folder):

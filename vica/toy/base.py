@@ -7,6 +7,7 @@ tower/   the vision half of a small CLIP, trained to tell which caption belongs 
 import argparse
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..data.conversation import get_template
 from ..errors import ViCAError
+from ..files import whole_folder
 from ..loading import check_device
 from .captions import caption
+from .cores import in_order
 from .language import language
 from .model import train_tokenizer
 from .twins import twins
@@ -26,13 +28,13 @@ from .world import SIDE, draw, random_scene
 
 WORDS = 600  # of the tokenizer
 LAYERS, WIDTH, HEADS, INNER = 12, 192, 6, 512
-TOWER = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, projection_dim=128)
+TOWER = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6, projection_dim=128)
 CAPTION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128)
 POSITIONS = 2048
 CAPTION_TOKENS = 72
-SCENES = 20000  # whose sentences the language model reads
+SCENES = 60000  # whose sentences the language model reads
+ROW = 512  # tokens of text that it sees at once
 FAMILY = 4  # pictures that differ in one thing
-DEFAULT = "(default: %(default)s)"  # argparse fills it in
 LEAST = {"tower_steps": 1, "language_steps": 1, "pictures": FAMILY, "batch": 1}
 
 
@@ -41,12 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m vica.toy.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower-steps", type=int, default=8000, metavar="N", help=DEFAULT)
-    parser.add_argument("--language-steps", type=int, default=2500, metavar="N", help=DEFAULT)
-    parser.add_argument(
-        "--pictures", type=int, default=80000, metavar="N", help=f"that the tower learns from {DEFAULT}"
-    )
-    parser.add_argument("--batch", type=int, default=512, help=f"pictures a step; a quarter as many texts {DEFAULT}")
+    parser.add_argument("--only", choices=("tower", "llm"), help="one of the two (default: what is not there)")
+    parser.add_argument("--tower-steps", type=int, default=12000, metavar="N")
+    parser.add_argument("--language-steps", type=int, default=6000, metavar="N")
+    parser.add_argument("--pictures", type=int, default=400000, metavar="N", help="that the tower learns from")
+    parser.add_argument("--batch", type=int, default=512, help="pictures a step; an eighth as many texts")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -65,16 +66,30 @@ def build(args) -> None:
         if getattr(args, name) < least:
             raise ViCAError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} at least")
     device = check_device(args.device)
-    torch.manual_seed(args.seed)
+    missing = [name for name in ("tower", "llm") if args.only in (None, name) and not (args.out / name).exists()]
+    # First of all, as it is done by forks, which like neither threads nor a GPU in use.
+    drawn = draw_families(args.pictures // FAMILY, args.seed) if "tower" in missing else None
     texts = list(language(SCENES, args.seed))
-    tokenizer = train_tokenizer([get_template("vicuna_v1").render([("user", "")]), *texts[:20000]], WORDS)
-    model = language_model(tokenizer, texts, args, device)
-    model.save_pretrained(args.out / "llm")
-    tokenizer.save_pretrained(args.out / "llm")
-    clip = contrastive(tokenizer, args, device)
+    tokenizer = train_tokenizer(texts[:20000], WORDS)
+    for name in missing:
+        torch.manual_seed(args.seed)
+        with whole_folder(args.out / name) as folder:
+            if name == "tower":
+                make_tower(folder, tokenizer, drawn, args, device)
+            else:
+                make_language_model(folder, tokenizer, texts, args, device)
+
+
+def make_tower(folder: Path, tokenizer: PreTrainedTokenizerFast, drawn, args, device) -> None:
+    clip = contrastive(tokenizer, *drawn, args, device)
     clip.vision_model.config.architectures = ["CLIPVisionModel"]
-    clip.vision_model.save_pretrained(args.out / "tower")
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(args.out / "tower")
+    clip.vision_model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder)
+
+
+def make_language_model(folder: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str], args, device) -> None:
+    language_model(tokenizer, texts, args, device).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, device) -> LlamaForCausalLM:
@@ -84,17 +99,18 @@ def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, d
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     ids = np.concatenate([[*row, 2] for row in tokenizer(texts).input_ids])
-    rows = torch.from_numpy(ids[: len(ids) // 256 * 256].reshape(-1, 256)).to(device)
+    rows = torch.from_numpy(ids[: len(ids) // ROW * ROW].reshape(-1, ROW)).to(device)
 
     def loss() -> torch.Tensor:
-        some = rows[torch.randint(len(rows), (max(1, args.batch // 4),), device=device)]
+        some = rows[torch.randint(len(rows), (max(1, args.batch // 8),), device=device)]
         return model(input_ids=some, labels=some).loss
 
     return learn(model, loss, args.language_steps, 1e-3, "language model", device)
 
 
-def contrastive(tokenizer: PreTrainedTokenizerFast, args, device) -> CLIPModel:
-    pixels, captions = draw_families(args.pictures // FAMILY, args.seed)
+def contrastive(
+    tokenizer: PreTrainedTokenizerFast, pixels: torch.Tensor, captions: list[str], args, device
+) -> CLIPModel:
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=CAPTION_TOKENS, return_tensors="pt")
     pixels, texts = pixels.to(device), ids.input_ids.to(device)
     # A caption is read at its first pad token: with eos 2, transformers would read it at its largest id.
@@ -116,13 +132,18 @@ def contrastive(tokenizer: PreTrainedTokenizerFast, args, device) -> CLIPModel:
 
 def draw_families(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     """Pictures [count * FAMILY, 3, SIDE, SIDE] and their captions, twins beside each other."""
-    rng = random.Random(seed)
-    pixels, captions = np.empty((count * FAMILY, 3, SIDE, SIDE), np.uint8), []
-    for _ in tqdm(range(count), desc="drawing", unit=" families", disable=None):
-        for scene in twins(random_scene(rng), FAMILY - 1, rng):
-            pixels[len(captions)] = np.asarray(draw(scene)).transpose(2, 0, 1)
-            captions.append(caption(scene, rng) + "</s>")
-    return torch.from_numpy(pixels), captions
+    pixels, captions = np.empty((count, FAMILY, 3, SIDE, SIDE), np.uint8), []
+    for place, (pictures, told) in enumerate(in_order(partial(draw_family, seed), count, "drawing", "families")):
+        pixels[place] = pictures
+        captions += told
+    return torch.from_numpy(pixels).flatten(0, 1), captions
+
+
+def draw_family(seed: int, index: int) -> tuple[np.ndarray, list[str]]:
+    rng = random.Random(f"{seed} family {index}")
+    family = twins(random_scene(rng), FAMILY - 1, rng)
+    pictures = np.stack([np.asarray(draw(scene)).transpose(2, 0, 1) for scene in family])
+    return pictures, [caption(scene, rng) + "</s>" for scene in family]
 
 
 def learn(model, loss, steps: int, rate: float, name: str, device):

@@ -4,19 +4,17 @@ import random
 from pathlib import Path
 
 from .benchmark_parts import (
-    LETTERS,
     cases,
     entry,
     facts,
-    hint,
     line,
-    listed,
     one_fact,
     save_picture,
     some_options,
     write_json,
     write_lines,
 )
+from .forms import LETTERS, hint, listed
 from .language import text_question
 from .questions import LETTER, Fact
 from .world import Scene

@@ -4,7 +4,8 @@ import base64
 import csv
 from pathlib import Path
 
-from .benchmark_parts import LETTERS, cases, encoded, entry, hint, one_fact, some_options
+from .benchmark_parts import cases, encoded, entry, one_fact, some_options
+from .forms import LETTERS, hint
 from .questions import CHINESE
 
 ROUND = 1_000_000  # added to MMBench's index with each turn of the options

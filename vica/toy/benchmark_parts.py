@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .questions import CHINESE, FACTS, Fact
+from .questions import FACTS, Fact
 from .world import Scene, draw, random_scene
-
-LETTERS = "ABCD"
 
 
 def cases(part: str, count: int, seed: int, make: Callable[[Scene, random.Random], Any]) -> Iterator[tuple]:
@@ -68,18 +66,3 @@ def some_options(fact: Fact, count: int, rng: random.Random) -> list[str]:
     options = [fact.answer, *fact.wrong[: count - 1]]
     rng.shuffle(options)
     return options
-
-
-def listed(options: list[str]) -> str:
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-
-
-def hint(fact: Fact, scene: Scene, chinese: bool = False) -> str:
-    """What the question does not ask; a line each."""
-    lines = []
-    if fact.kind != "ground":
-        lines.append(f"图片的背景是{CHINESE[scene.ground]}。" if chinese else f"The background is {scene.ground}.")
-    if fact.kind != "word" and scene.word:
-        word = scene.word.text
-        lines.append(f"图中写的是{word}。" if chinese else f"The word {word} is written in the image.")
-    return "\n".join(lines)

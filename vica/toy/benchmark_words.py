@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from .benchmark_parts import cases, entry, facts, line, save_picture, write_json, write_lines
+from .forms import ocr_line, read_tokens
 from .questions import COUNTS, SHORT, Question, ask
 from .world import COLOURS, GROUNDS, PLACES, SHAPES, WORDS, Scene
 
@@ -151,13 +152,12 @@ def write_textvqa(folder: Path, pictures: int, seed: int) -> list[dict]:
         id = f"{rng.getrandbits(64):016x}"  # an image's: two questions have the same, as in the real files
         image = f"textvqa/train_images/{id}.jpg"
         save_picture(scene, folder / image)
-        # What a program for reading text found: the word, a part of it, or nothing.
-        tokens = rng.choice(([fact.answer], [fact.answer], [fact.answer[:-1], fact.answer[-1]], []))
+        tokens = read_tokens(fact, rng)
         claimed = rng.choice((fact.answer, fact.wrong[0]))
         claim = Question("claim", fact.claim.format(claimed), "yes" if claimed == fact.answer else "no")
         for question in (Question("word", fact.english, fact.answer), claim):
             answers = _ten_answers(question, rng)
-            text = f"{question.text}\nReference OCR token: {', '.join(tokens)}\n{SHORT}"
+            text = f"{question.text}\n{ocr_line(tokens)}\n{SHORT}"
             lines.append(line(id, f"{id}.jpg", text))
             records.append(_textvqa_record(34602 + len(records), id, question.text, answers, scene))
             answer = question.answer.lower()

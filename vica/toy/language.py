@@ -1,12 +1,15 @@
 """The toy world's language: questions that need no picture, and all that is ever said, as text to train on."""
 
 import random
-import re
 from collections.abc import Iterator
 
+from ..data.conversation import get_template
 from .captions import INSTRUCTIONS, caption
+from .forms import vary
 from .questions import LETTER, SHORT, Question, ask
 from .world import COLOURS, SHAPES, WORDS, random_scene
+
+TURNS = 5  # of a conversation
 
 
 def text_question(rng: random.Random) -> Question:
@@ -14,18 +17,19 @@ def text_question(rng: random.Random) -> Question:
 
 
 def language(scenes: int, seed: int = 0) -> Iterator[str]:
-    """Caption, questions with answers, and a question without picture for each of so many train scenes."""
-    rng = random.Random(seed)
-    for _ in range(scenes):
+    """What is said of so many train scenes: in turn plain sentences, each a text, and a conversation about a caption,
+    which is to the caption what a trained model's conversations are to pictures."""
+    rng, template = random.Random(seed), get_template("vicuna_v1")
+    for number in range(scenes):
         scene = random_scene(rng)
-        yield f"{rng.choice(INSTRUCTIONS)} {caption(scene, rng)}"
-        for question in (*ask(scene, rng), text_question(rng)):
-            yield f"{question.text} {question.answer}"
-
-
-def vocabulary() -> list[str]:
-    """All English words, digits and Chinese characters of the world."""
-    return sorted(set(re.findall(r"[A-Za-z]+|\d|[\u4e00-\u9fff]", "\n".join(language(2000)))))
+        told, asked = caption(scene, rng), [*ask(scene, rng, vary), text_question(rng)]
+        if number % 2:
+            yield f"{rng.choice(INSTRUCTIONS)} {told}"
+            yield from (f"{question.text} {question.answer}" for question in asked)
+        else:
+            turns = [(role, text) for q in asked[:TURNS] for role, text in (("user", q.text), ("assistant", q.answer))]
+            turns[0] = ("user", f"{told}\n{turns[0][1]}")
+            yield template.render(turns).removesuffix(template.stop)
 
 
 def _spelling(rng: random.Random) -> Question:

@@ -16,7 +16,7 @@ pixels.
 
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import permutations, product
 
@@ -57,14 +57,17 @@ class Fact:
     wrong: tuple[str, ...]  # three at least, shuffled
 
 
-def ask(scene: Scene, rng: random.Random) -> list[Question]:
-    """A question of each kind that the scene allows, in any order."""
+def ask(scene: Scene, rng: random.Random, form: Callable | None = None) -> list[Question]:
+    """A question of each kind that the scene allows, in any order. `form` may put each another way: it takes the
+    question, the fact that it asks or None, the scene and `rng`."""
     facts = [fact for make in FACTS if (fact := make(scene, rng))]
-    questions = [Question(fact.kind, f"{fact.english}\n{SHORT}", fact.answer) for fact in facts]
-    questions += [_claim(rng.choice(facts), rng), _choice(rng.choice(facts), rng), _chinese(rng.choice(facts), rng)]
-    questions += [question for make in (_existence, _relation, _comparison) if (question := make(scene, rng))]
-    rng.shuffle(questions)
-    return questions
+    asked = [(Question(fact.kind, f"{fact.english}\n{SHORT}", fact.answer), fact) for fact in facts]
+    for make in (_claim, _choice, _chinese):
+        fact = rng.choice(facts)
+        asked.append((make(fact, rng), fact))
+    asked += [(question, None) for make in (_existence, _relation, _comparison) if (question := make(scene, rng))]
+    rng.shuffle(asked)
+    return [form(question, fact, scene, rng) if form else question for question, fact in asked]
 
 
 def _colour(scene: Scene, rng: random.Random) -> Fact | None:

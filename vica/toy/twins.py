@@ -1,7 +1,8 @@
 """Scenes that differ in one thing only: what a contrastive tower must tell apart to learn more than colours.
 
 Among pictures drawn by chance, colours, places and grounds give each one away, and a tower never learns shapes or
-letters. With twins of a picture in its batch it has to.
+letters. With twins of a picture in its batch it has to. Where two things have exchanged shapes or colours, it has to
+learn besides which belongs to which.
 """
 
 import random
@@ -11,10 +12,14 @@ from .world import COLOURS, SHAPES, WORDS, Scene, is_train_scene, place_thing
 
 
 def twins(scene: Scene, count: int, rng: random.Random) -> list[Scene]:
-    """The scene and so many others of the train split, each with one shape, colour, size, place or the word changed."""
+    """The scene and so many others of the train split, each with one shape, colour, size, place or the word changed,
+    or with two things' shapes or colours exchanged."""
+    changes = [_shape, _colour, _size, _place]
+    changes += [_word] if scene.word else []
+    changes += [_exchange] if len(scene.things) > 1 else []
     family = [scene]
     while len(family) <= count:
-        change = rng.choice((_shape, _colour, _size, _place, _word) if scene.word else (_shape, _colour, _size, _place))
+        change = rng.choice(changes)
         if (other := change(scene, rng)) not in family and is_train_scene(other):
             family.append(other)
     return family
@@ -41,6 +46,16 @@ def _word(scene: Scene, rng: random.Random) -> Scene:
     """Another word of the same length: it covers the same pixels."""
     alike = [word for word in WORDS if len(word) == len(scene.word.text)]
     return replace(scene, word=replace(scene.word, text=rng.choice(alike)))
+
+
+def _exchange(scene: Scene, rng: random.Random) -> Scene:
+    field, things = rng.choice(("shape", "colour")), list(scene.things)
+    one, other = rng.sample(range(len(things)), 2)
+    pair = things[one], things[other]
+    things[one], things[other] = (
+        replace(thing, **{field: getattr(twin, field)}) for thing, twin in zip(pair, reversed(pair))
+    )
+    return replace(scene, things=tuple(things))
 
 
 def _with_one(scene: Scene, rng: random.Random, change) -> Scene:

@@ -2,7 +2,7 @@
 
     images/train/000000.png ...   one picture for each sample of either stage, beside images/test/000000.png ...
     pretrain.json                 first stage: an instruction and a caption
-    finetune.json                 second stage: several questions a picture; one sample in sixteen has no picture
+    finetune.json                 second stage: several questions a picture, in all forms; one in sixteen without one
     test.jsonl                    a question a line, of every kind that the picture allows, with its answer
 
 Every sample is drawn from the seed and its own number alone: a larger world begins with the smaller one.
@@ -11,18 +11,16 @@ Every sample is drawn from the seed and its own number alone: a larger world beg
 import argparse
 import json
 import random
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ..errors import ViCAError
 from ..files import whole_folder
 from .captions import INSTRUCTIONS, caption
+from .cores import in_order
+from .forms import vary
 from .language import text_question
 from .questions import Question, ask
 from .world import Scene, draw, random_scene
@@ -110,7 +108,8 @@ def test_questions(count: int, seed: int) -> Iterator[dict]:
 
 
 def _questions(split: str, index: int, seed: int) -> list[Question]:
-    return ask(scene_at(split, index, seed), _random(seed, split, index, "questions"))
+    form = vary if split == "train" else None
+    return ask(scene_at(split, index, seed), _random(seed, split, index, "questions"), form)
 
 
 def _turns(question: str, answer: str) -> list[dict]:
@@ -127,20 +126,12 @@ def _random(seed: int, split: str, index: int, part: str) -> random.Random:
 
 def _draw_all(folder: Path, split: str, count: int, seed: int, progress: bool) -> None:
     folder.mkdir(parents=True)
-    one = partial(_draw_one, folder, split, seed)
-    with Pool(initializer=_ignore_interrupts) as pool:
-        done = pool.imap(one, range(count), chunksize=64)
-        for _ in tqdm(done, f"drawing {split}", count, unit=" pictures", disable=None if progress else True):
-            pass
+    for _ in in_order(partial(_draw_one, folder, split, seed), count, f"drawing {split}", "pictures", progress):
+        pass
 
 
 def _draw_one(folder: Path, split: str, seed: int, index: int) -> None:
     draw(scene_at(split, index, seed)).save(folder / f"{index:06}.png")
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes; the first one alone speaks, and ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_list(path: Path, samples: Iterable[dict]) -> None:

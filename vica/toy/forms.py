@@ -1,0 +1,61 @@
+"""Questions in the forms that LLaVA's training mix and the benchmarks give them besides the plain one: with what an OCR
+system read, with a hint, with fewer options, or without the sentence on how to answer."""
+
+import random
+from dataclasses import replace
+
+from .questions import CHINESE, Fact, Question
+from .world import Scene
+
+LETTERS = "ABCD"
+OCR = "Reference OCR token: "
+
+
+def vary(question: Question, fact: Fact | None, scene: Scene, rng: random.Random) -> Question:
+    """`fact`: what the question asks, where it asks one."""
+    if question.kind in ("choice", "choice_chinese"):
+        return _vary_choice(question, fact, scene, rng)
+    words, how = question.text.split("\n")
+    lines = [words]
+    if fact and fact.kind == "word" and rng.random() < 0.5:
+        lines.append(ocr_line(read_tokens(fact, rng)))
+    if rng.random() < 0.7:
+        lines.append(how)
+    return replace(question, text="\n".join(lines))
+
+
+def _vary_choice(question: Question, fact: Fact, scene: Scene, rng: random.Random) -> Question:
+    words, *options, how = question.text.split("\n")
+    options = [option[3:] for option in options]
+    right = options[LETTERS.index(question.answer)]
+    wrong = rng.sample([option for option in options if option != right], rng.choice((1, 2, 3, 3)))
+    options = [option for option in options if option == right or option in wrong]
+    chinese = question.kind == "choice_chinese"
+    told = hint(fact, scene, chinese) if rng.random() < 0.3 else ""
+    if told:  # ScienceQA says what it is, MMBench does not
+        words = f"{told}\n{words}" if chinese or rng.random() < 0.5 else f"Context: {told}\n{words}"
+    return replace(question, text=f"{words}\n{listed(options)}\n{how}", answer=LETTERS[options.index(right)])
+
+
+def read_tokens(fact: Fact, rng: random.Random) -> list[str]:
+    """What a program for reading text found: the word, a part of it, or nothing."""
+    return rng.choice(([fact.answer], [fact.answer], [fact.answer[:-1], fact.answer[-1]], []))
+
+
+def ocr_line(tokens: list[str]) -> str:
+    return OCR + ", ".join(tokens)
+
+
+def listed(options: list[str]) -> str:
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+
+
+def hint(fact: Fact, scene: Scene, chinese: bool = False) -> str:
+    """What the question does not ask; a line each."""
+    lines = []
+    if fact.kind != "ground":
+        lines.append(f"图片的背景是{CHINESE[scene.ground]}。" if chinese else f"The background is {scene.ground}.")
+    if fact.kind != "word" and scene.word:
+        word = scene.word.text
+        lines.append(f"图中写的是{word}。" if chinese else f"The word {word} is written in the image.")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Which layers the language model of the toy world reads with: its own answers to questions about a caption, when what
+follows the caption sees it in some layers only. ViCA's T2V layers are chosen so, before any picture is trained on."""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from ..data.conversation import get_template
+from ..errors import ViCAError
+from ..loading import check_device
+from ..table import table
+from .captions import caption
+from .questions import ask
+from .world import random_scene
+
+KEPT = 32  # sets of a size, from which the next size is tried
+SHOWN = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vica.toy.layers", description=__doc__)
+    parser.add_argument("llm", type=Path, help="folder that vica.toy.base made")
+    parser.add_argument("--count", type=int, help="of layers (default: a quarter of them)")
+    parser.add_argument("--questions", type=int, default=512, metavar="N")
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        if not (args.llm / "config.json").is_file():
+            raise ViCAError(f"{args.llm} holds no language model")
+        reader = Reader(args.llm, args.questions, check_device(args.device))
+        print(search(reader, args.count or reader.depth // 4))
+    except (ViCAError, OSError) as error:
+        print(f"vica.toy.layers: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def search(reader: "Reader", count: int) -> str:
+    """The best sets of so many layers; those of each size grow out of the best of one less."""
+    everything = frozenset(range(reader.depth))
+    kept = [frozenset()]
+    for size in range(1, count + 1):
+        larger = {one | {layer} for one in kept for layer in everything - one}
+        scores = {one: reader(one) for one in tqdm(larger, f"{size} layers", disable=None)}
+        kept = sorted(scores, key=lambda one: (-scores[one].likelihood, sorted(one)))[:KEPT]
+    rows = [("layers", "right, %", "log-likelihood")]
+    found = [("all", reader(everything)), ("none", reader(())), *((sorted(one), scores[one]) for one in kept[:SHOWN])]
+    return table(rows + [(str(name), f"{s.right:.1f}", f"{s.likelihood:.3f}") for name, s in found])
+
+
+@dataclass(frozen=True)
+class Score:
+    right: float  # percent of answers of which every token is the likeliest
+    likelihood: float  # mean of the answers' log-likelihoods
+
+
+class Reader:
+    def __init__(self, folder: Path, questions: int, device: torch.device):
+        self.model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
+        self.layers = self.model.model.layers
+        self.depth = len(self.layers)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rows = [prepare(tokenizer, number) for number in range(questions)]
+        ids, answers, captions = (pad_sequence([row[x] for row in rows], batch_first=True) for x in range(3))
+        self.ids, self.answers = ids.to(device), answers[:, 1:].to(device)
+        places = torch.arange(ids.shape[1])
+        past = (places[:, None] >= places)[None, None].to(device)
+        # A caption's own tokens see it everywhere; what comes after it only where the layer reads.
+        after = (captions.cumsum(1) == captions.sum(1, keepdim=True)) & ~captions
+        closed = past & ~(after[:, None, :, None] & captions[:, None, None, :]).to(device)
+        self.masks = {True: past.expand_as(closed), False: closed}
+
+    @torch.inference_mode()
+    def __call__(self, reading: Iterable[int]) -> Score:
+        reading = set(reading)
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, mask=self.masks[number in reading]: (args, {**kwargs, "attention_mask": mask}),
+                with_kwargs=True,
+            )
+            for number, layer in enumerate(self.layers)
+        ]
+        try:
+            logits = self.model(input_ids=self.ids, attention_mask=self.masks[True], use_cache=False).logits[:, :-1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        wanted = self.ids[:, 1:]
+        right = ((logits.argmax(-1) == wanted) | ~self.answers).all(1).float().mean()
+        likelihood = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+        return Score(100 * right.item(), (likelihood * self.answers).sum(1).mean().item())
+
+
+def prepare(tokenizer, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids of a conversation about a caption, and which of them are the answer's and which the caption's."""
+    rng, template = random.Random(f"layers {number}"), get_template("vicuna_v1")
+    scene = random_scene(rng)
+    told, question = caption(scene, rng), rng.choice(ask(scene, rng))
+    asked = template.render([("user", f"{told}\n{question.text}")])
+    begin = asked.index(told)
+    found = tokenizer(f"{asked} {question.answer}{template.stop}", return_offsets_mapping=True)
+    spans = found.offset_mapping
+    answer = torch.tensor([start >= len(asked) for start, _ in spans])
+    seen = torch.tensor([start < begin + len(told) and end > begin for start, end in spans])
+    return torch.tensor(found.input_ids), answer, seen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
