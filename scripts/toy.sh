@@ -16,7 +16,7 @@ source scripts/setup.sh
 find_python
 
 [ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-120000}"
-[ -d "$FOLDER/base/tower" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"
+[ -d "$FOLDER/base/tower" ] && [ -d "$FOLDER/base/llm" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"
 
 layers() { # of a run with a seed, as JSON
     "$PYTHON" - "$1" "$2" "$CONFIG" "$FOLDER/base/llm/config.json" <<'PYTHON'
