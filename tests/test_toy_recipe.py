@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from collections import Counter
 
 import numpy as np
@@ -17,8 +16,9 @@ import vica
 from tests.builders import assert_close
 from tests.engines import answer, seeing_model
 from tests.training import arguments
-from vica.toy import base, claim, evaluate, layers
+from vica.toy import base, claim, evaluate, layers, tower
 from vica.toy.captions import caption
+from vica.toy.learning import learn
 from vica.toy.score import read_questions
 from vica.toy.world import draw
 from vica.toy.write import write
@@ -45,7 +45,7 @@ def root(tmp_path_factory):
 def test_the_base_is_what_transformers_reads(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "llm")
     language, of_language = LlamaForCausalLM.from_pretrained(root / "llm", output_loading_info=True)
-    tower, of_tower = CLIPVisionModel.from_pretrained(root / "tower", output_loading_info=True)
+    seeing, of_tower = CLIPVisionModel.from_pretrained(root / "tower", output_loading_info=True)
     assert not any(of_language.values()) and not any(of_tower.values())
     special = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
     assert special == [getattr(language.config, f"{name}_token_id") for name in ("bos", "eos", "pad")]
@@ -55,7 +55,7 @@ def test_the_base_is_what_transformers_reads(root):
     with Image.open(root / "world/images/train/000000.png") as picture:
         pixels = CLIPImageProcessorPil.from_pretrained(root / "tower")(picture, return_tensors="pt").pixel_values
     with torch.no_grad():
-        assert torch.isfinite(tower(pixels).last_hidden_state).all()
+        assert torch.isfinite(seeing(pixels).last_hidden_state).all()
         assert torch.isfinite(language(**tokenizer(text, return_tensors="pt")).logits).all()
 
 
@@ -78,46 +78,65 @@ def test_families_are_twins_with_their_captions(monkeypatch):
         captions.append(f"{caption(scene, rng)}</s>")
         return captions[-1].removesuffix("</s>")
 
-    alone = [base.draw_family(1, number) for number in range(6)]
+    alone = [tower.draw_family(1, number) for number in range(6)]
     with monkeypatch.context() as patch:
-        patch.setattr(base, "draw", drawn)
-        patch.setattr(base, "caption", told)
-        family, said = base.draw_family(1, 4)
+        patch.setattr(tower, "draw", drawn)
+        patch.setattr(tower, "caption", told)
+        family, said = tower.draw_family(1, 4)
     assert (family == np.stack(pictures)).all() and (family == alone[4][0]).all() and said == captions == alone[4][1]
     assert len({*scenes}) == 4 and all(len(scene.things) == len(scenes[0].things) for scene in scenes)
-    pixels, captions = base.draw_families(6, 1)
+    pixels, captions = tower.draw_families(6, 1)
     assert (pixels.numpy() == np.concatenate([one for one, _ in alone])).all()
     assert captions == sum((said for _, said in alone), [])
 
 
 def test_what_the_tower_learns_from(root, monkeypatch):
-    """Families of pictures as the saved image processor gives them, each with its own caption, which is read at its
-    first pad token."""
+    """Families of pictures as the saved image processor gives them, each with its own caption; of a batch that is no
+    more than a group all are compared."""
     seen = {}
 
-    def learn(model, loss, *_):
-        model.vision_model.embeddings.patch_embedding.register_forward_pre_hook(lambda _, x: seen.update(pixels=x[0]))
-        model.text_model.embeddings.token_embedding.register_forward_hook(
-            lambda _, ids, words: words.retain_grad() or seen.update(ids=ids[0], words=words)
-        )
-        loss().backward()
+    def likeness(model, ids, pixels, pad):
+        seen.update(ids=ids, pixels=pixels, pad=pad)
+        return torch.zeros(*ids.shape[:2], ids.shape[1], requires_grad=True)
 
-    monkeypatch.setattr(base, "learn", learn)
-    tokenizer, (pictures, captions) = AutoTokenizer.from_pretrained(root / "llm"), base.draw_families(6, 0)
-    base.contrastive(tokenizer, pictures, captions, Namespace(batch=64, tower_steps=1), torch.device("cpu"))
+    monkeypatch.setattr(tower, "likeness", likeness)
+    monkeypatch.setattr(tower, "learn", lambda model, loss, *_: loss())
+    tokenizer, (pictures, captions) = AutoTokenizer.from_pretrained(root / "llm"), tower.draw_families(6, 0)
+    for batch, groups in ((64, 1), (130, 2)):
+        tower.contrastive(tokenizer, pictures, captions, batch, 1, torch.device("cpu"))
+        assert seen["ids"].shape[:2] == (groups, 64) and seen["pad"] == tokenizer.pad_token_id
+        processor = CLIPImageProcessorPil.from_pretrained(root / "tower")
+        processed = processor([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures]).pixel_values
+        processed = torch.from_numpy(np.stack(processed))
+        places = torch.cdist(seen["pixels"].flatten(1), processed.flatten(1)).argmin(1)
+        assert_close(seen["pixels"], processed[places])
+        families = places.view(-1, 4)
+        assert torch.equal(families, families[:, :1] + torch.arange(4)) and len(families.unique()) > 12
+        pads = (seen["ids"] == tokenizer.pad_token_id).int().argmax(-1).flatten()
+        read = [tokenizer.decode(row[:pad]) for row, pad in zip(seen["ids"].flatten(0, 1), pads)]
+        assert read == [f"<s>{captions[place]}" for place in places]
 
-    processor = CLIPImageProcessorPil.from_pretrained(root / "tower")
-    processed = processor([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures]).pixel_values
-    processed = torch.from_numpy(np.stack(processed))
-    places = torch.cdist(seen["pixels"].flatten(1), processed.flatten(1)).argmin(1)
-    assert_close(seen["pixels"], processed[places])
-    families = places.view(16, 4)
-    assert torch.equal(families, families[:, :1] + torch.arange(4)) and len(families.unique()) > 12
-    pads = (seen["ids"] == tokenizer.pad_token_id).int().argmax(1)
-    read = [tokenizer.decode(row[:pad]) for row, pad in zip(seen["ids"], pads)]
-    assert read == [f"<s>{captions[place]}" for place in places]
-    reached = seen["words"].grad.any(-1)
-    assert torch.equal(reached, torch.arange(reached.shape[1]) <= pads[:, None])
+
+def test_a_word_is_as_like_a_picture_as_its_best_patch(root):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(root / "llm")
+    model, (pictures, captions) = tower.build(tokenizer).eval(), tower.draw_families(2, 0)
+    pad = tokenizer.pad_token_id
+    ids = tokenizer(captions, padding="max_length", max_length=tower.TOKENS, return_tensors="pt").input_ids
+    pixels = pictures.float() / 255
+    with torch.no_grad():
+        scores = tower.likeness(model, ids.view(2, 4, -1), pixels, pad)
+        for group, text, picture in ((0, 0, 0), (0, 1, 3), (1, 2, 0)):
+            words = model.text_model(input_ids=ids[4 * group + text][None]).last_hidden_state[0]
+            words = model.text_projection(words[ids[4 * group + text] != pad])
+            hidden = model.vision_model(pixel_values=pixels[4 * group + picture][None]).last_hidden_state[0, 1:]
+            patches = model.visual_projection(model.vision_model.post_layernorm(hidden))
+            each = torch.cosine_similarity(words[:, None], patches[None], dim=-1).max(1).values
+            assert scores[group, text, picture].item() == pytest.approx(each.mean().item(), abs=1e-5)
+    own, mixed = 9.0 * torch.eye(4), torch.randn(4, 4)
+    assert tower.pairing_loss(own[None]) < 0.01 < tower.pairing_loss(own.roll(1, 0)[None])
+    both = (mixed.log_softmax(0).diag().mean() + mixed.log_softmax(1).diag().mean()) / -2
+    assert tower.pairing_loss(torch.stack([mixed, mixed])).item() == pytest.approx(both.item(), abs=1e-5)
 
 
 def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
@@ -175,7 +194,7 @@ def test_learning(capsys):
         return (model(rows) - rows.sum(1, keepdim=True)).square().mean()
 
     before = loss().item()
-    assert not base.learn(model, loss, 100, 0.1, "sum", torch.device("cpu")).training
+    assert not learn(model, loss, 100, 0.1, "sum", torch.device("cpu")).training
     assert loss().item() < before / 100
     assert re.match(r"sum: loss 0\.0\d\d after 100 steps", capsys.readouterr().out)
 

@@ -14,7 +14,7 @@ from .world import COLOURS, SHAPES, WORDS, Scene, is_train_scene, place_thing
 def twins(scene: Scene, count: int, rng: random.Random) -> list[Scene]:
     """The scene and so many others of the train split, each with one shape, colour, size, place or the word changed,
     or with two things' shapes or colours exchanged."""
-    changes = [_shape, _colour, _size, _place]
+    changes = [_shape, _shape, _colour, _size, _place]  # shapes are the hardest to see
     changes += [_word] if scene.word else []
     changes += [_exchange] if len(scene.things) > 1 else []
     family = [scene]

@@ -1,0 +1,57 @@
+"""How the small parts that training starts from learn."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+def learn(model, loss: Callable[[], torch.Tensor], steps: int, rate: float, name: str, device: torch.device):
+    """AdamW with a short rise of the rate and a cosine's fall. On CUDA a step is captured once: models so small would
+    wait for their kernels' launches."""
+    captured = device.type == "cuda"
+    rates = torch.tensor(rate, device=device)
+    settings = dict(lr=rates, capturable=True) if captured else dict(lr=rate)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, **settings)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=captured, cache_enabled=False):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return value.detach()
+
+    model.train()
+    run = capture(step) if captured else step
+    with tqdm(range(steps), desc=name, disable=None) as bar:
+        for done in bar:
+            now = rate * min((done + 1) / max(1, steps // 20), 0.5 * (1 + np.cos(np.pi * done / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = rates.fill_(now) if captured else now
+            value = run()
+            if done % 100 == 0 or done == steps - 1:
+                bar.set_postfix(loss=f"{value.item():.3f}")
+    print(f"{name}: loss {value.item():.3f} after {steps} steps", flush=True)
+    return model.eval().cpu()
+
+
+def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`step` as a CUDA graph, after some ordinary ones."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+
+    def run() -> torch.Tensor:
+        graph.replay()
+        return value
+
+    return run
