@@ -9,7 +9,8 @@ from .forms import vary
 from .questions import LETTER, SHORT, Question, ask
 from .world import COLOURS, SHAPES, WORDS, random_scene
 
-TURNS = 5  # of a conversation
+TURNS = 8  # of a conversation
+PLAIN = 4  # one scene of so many is told in sentences by themselves
 
 
 def text_question(rng: random.Random) -> Question:
@@ -17,13 +18,13 @@ def text_question(rng: random.Random) -> Question:
 
 
 def language(scenes: int, seed: int = 0) -> Iterator[str]:
-    """What is said of so many train scenes: in turn plain sentences, each a text, and a conversation about a caption,
-    which is to the caption what a trained model's conversations are to pictures."""
+    """What is said of so many train scenes: plain sentences, each a text, or a conversation about a caption, which is
+    to the caption what a trained model's conversations are to pictures."""
     rng, template = random.Random(seed), get_template("vicuna_v1")
     for number in range(scenes):
         scene = random_scene(rng)
         told, asked = caption(scene, rng), [*ask(scene, rng, vary), text_question(rng)]
-        if number % 2:
+        if number % PLAIN == 1:
             yield f"{rng.choice(INSTRUCTIONS)} {told}"
             yield from (f"{question.text} {question.answer}" for question in asked)
         else:
