@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from tests.forks import ON_CPU, STAGE_1, STAGE_2, argv, distance, free_port, losses, make_ground, start, weights
+from vica.model.llama import Block
 
 REPOSITORY = Path(__file__).parent.parent
 TOLERANCE = 1e-5
@@ -148,6 +150,45 @@ def test_nothing_is_left_that_ends_the_process_group_late(ground, tmp_path):
     """It may never come to an end: once in a hundred runs."""
     flags = command(ground, tmp_path / "out", batch=4, **STAGE_1)
     start(flags, tmp_path / "log", ranks=2, sabotage=refuse_a_reducer_that_is_left).finish()
+
+
+def count_gathering():
+    """Fails a run in which ZeRO-3 gathers less than a block at once, or keeps a block beyond its backward pass."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    fetch, release, destroy = (
+        Coordinator.fetch_sub_module, Coordinator.release_sub_module, torch.distributed.destroy_process_group
+    )  # fmt: skip
+    fetched, kept = Counter(), Counter()
+
+    def counted_fetch(self, module, forward):
+        fetched[type(module).__name__] += 1
+        kept["Block"] += isinstance(module, Block) and not forward
+        fetch(self, module, forward)
+
+    def counted_release(self, module, forward=False):
+        kept["Block"] -= isinstance(module, Block) and not forward
+        release(self, module, forward)
+
+    def checked():
+        assert fetched["Block"] > 0 and fetched["CLIPEncoderLayer"] > 0 and not fetched.keys() & {"MLP", "CLIPMLP"}, (
+            fetched
+        )
+        assert kept["Block"] == 0, f"{kept} backward passes did not release what they had gathered"
+        destroy()
+
+    Coordinator.fetch_sub_module, Coordinator.release_sub_module = counted_fetch, counted_release
+    torch.distributed.destroy_process_group = checked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["accel", "dense"])
+@pytest.mark.parametrize("stage", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
+def test_zero3_gathers_a_block_at_once(stage, variant, ground, tmp_path):
+    settings = {**stage, **ENGINES["zero3"], "variant": variant, "gradient_checkpointing": True, "max_steps": 3}
+    start(
+        command(ground, tmp_path / "out", batch=4, **settings), tmp_path / "log", ranks=2, sabotage=count_gathering
+    ).finish()
 
 
 @pytest.mark.slow

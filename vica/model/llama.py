@@ -3,10 +3,11 @@
 A block's parameters and arithmetic are written here once. What a layer does with each token group is the business of
 a *flow* (llama_accel.py, llama_mask.py), which follows the plan:
 
-    seen = flow.see(block, frozen)                   keys and values of tokens that are no hidden states (accel only)
+    shown = flow.show(block, frozen)                 the frozen tokens, or None to a layer that has no use for them
+    seen = flow.see(block, shown)                    keys and values of tokens that are no hidden states (accel only)
     hidden = flow.attend(block, hidden, *seen)       attention update, for the tokens the plan gives one
     hidden = hidden + mlp(norm(hidden))              FFN update
-    hidden = flow.settle(block, hidden, frozen)      what must not have changed is put back (mask only)
+    hidden = flow.settle(block, hidden, shown)       what must not have changed is put back (mask only)
 
 Shape legend: N rows of hidden states in a packed flow, B x L in a padded one, H heads, D head_dim.
 """
@@ -49,11 +50,15 @@ class Flow(Protocol):
     def start(self, text: torch.Tensor, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the text and visual tokens in reading order, as (hidden, frozen)."""
 
-    def see(self, block: "Block", frozen: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+    def show(self, block: "Block", frozen: torch.Tensor) -> torch.Tensor | None:
+        """ZeRO-3 keeps a block's weights until it has the gradients of all that the block was given: nothing more must
+        be given than it uses."""
+
+    def see(self, block: "Block", shown: torch.Tensor | None) -> tuple[torch.Tensor, ...]: ...
 
     def attend(self, block: "Block", hidden: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor: ...
 
-    def settle(self, block: "Block", hidden: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor: ...
+    def settle(self, block: "Block", hidden: torch.Tensor, shown: torch.Tensor | None) -> torch.Tensor: ...
 
     def text(self, hidden: torch.Tensor) -> torch.Tensor:
         """[number of text tokens, width], in reading order."""
@@ -114,18 +119,18 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, frozen: torch.Tensor, flow: Flow) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, shown: torch.Tensor | None, flow: Flow) -> torch.Tensor:
         # What frozen tokens are to this layer is made outside of the checkpoint: it takes little room, and would
         # otherwise cost as much as the text does, once more.
-        seen = flow.see(self, frozen)
+        seen = flow.see(self, shown)
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(self.update, hidden, frozen, flow, *seen)
-        return self.update(hidden, frozen, flow, *seen)
+            return self._gradient_checkpointing_func(self.update, hidden, shown, flow, *seen)
+        return self.update(hidden, shown, flow, *seen)
 
-    def update(self, hidden: torch.Tensor, frozen: torch.Tensor, flow: Flow, *seen: torch.Tensor) -> torch.Tensor:
+    def update(self, hidden: torch.Tensor, shown: torch.Tensor | None, flow: Flow, *seen: torch.Tensor) -> torch.Tensor:
         hidden = flow.attend(self, hidden, *seen)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return flow.settle(self, hidden, frozen)
+        return flow.settle(self, hidden, shown)
 
 
 def run_layers(
@@ -136,5 +141,5 @@ def run_layers(
     for block in layers:
         if states is not None:
             states.append(flow.text(hidden))
-        hidden = block(hidden, frozen, flow)
+        hidden = block(hidden, flow.show(block, frozen), flow)
     return flow.text(hidden)

@@ -55,11 +55,12 @@ class AccelFlow:
         frozen = visual if len(self.frozen_tokens) else visual[:0]
         return torch.cat([text, visual])[self.call.tensor(self.tokens.source[self.packed])], frozen
 
-    def see(self, block: Block, frozen):
+    def show(self, block: Block, frozen):
         needed = len(frozen) or (block.training and among_ranks())
-        if not needed or not self.routes[self.call.plan[block.layer_idx]].reads_frozen:
-            return ()
-        return block.self_attn.keys_values(block.input_layernorm(frozen), self.frozen_rope)
+        return frozen if needed and self.routes[self.call.plan[block.layer_idx]].reads_frozen else None
+
+    def see(self, block: Block, shown):
+        return () if shown is None else block.self_attn.keys_values(block.input_layernorm(shown), self.frozen_rope)
 
     def attend(self, block: Block, hidden, *seen):
         route = self.routes[self.call.plan[block.layer_idx]]
@@ -75,7 +76,7 @@ class AccelFlow:
         update = attention.o_proj(route.mix(block.layer_idx, q, k, v).flatten(1))
         return torch.cat([hidden[:first], hidden[first:] + update]) if first else hidden + update
 
-    def settle(self, block: Block, hidden, frozen):
+    def settle(self, block: Block, hidden, shown):
         return hidden
 
     def text(self, hidden):

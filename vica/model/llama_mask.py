@@ -51,7 +51,10 @@ class MaskFlow:
         hidden = torch.cat([text, visual])[self.call.tensor(at)]
         return hidden, hidden
 
-    def see(self, block: Block, frozen):
+    def show(self, block: Block, frozen):
+        return None if self.call.plan[block.layer_idx].visual_updated else frozen
+
+    def see(self, block: Block, shown):
         return ()
 
     def attend(self, block: Block, hidden):
@@ -65,8 +68,8 @@ class MaskFlow:
         update = attention.o_proj(mixed.transpose(1, 2).flatten(2))
         return hidden + (update if plan.prefix_attends else update.masked_fill(self.prefix, 0))
 
-    def settle(self, block: Block, hidden, frozen):
-        return hidden if self.call.plan[block.layer_idx].visual_updated else torch.where(self.visual, frozen, hidden)
+    def settle(self, block: Block, hidden, shown):
+        return hidden if shown is None else torch.where(self.visual, shown, hidden)
 
     def text(self, hidden):
         return hidden.flatten(0, 1)[self._text_rows]

@@ -6,6 +6,7 @@ tower/   the vision half of a small CLIP, trained to tell which caption belongs 
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .model import train_tokenizer
 from .tower import FAMILY, contrastive, draw_families
 from .world import SIDE
 
-WORDS = 600  # of the tokenizer
+WORDS, SAMPLE = 600, 20000  # of the tokenizer, and texts that it is made from
 LAYERS, WIDTH, HEADS, INNER = 12, 192, 6, 512
 POSITIONS = 2048
 SCENES = 120000  # whose sentences the language model reads
@@ -64,8 +65,8 @@ def build(args) -> None:
     missing = [name for name in ("tower", "llm") if args.only in (None, name) and not (args.out / name).exists()]
     # First of all, as it is done by forks, which like neither threads nor a GPU in use.
     drawn = draw_families(args.pictures // FAMILY, args.seed) if "tower" in missing else None
-    texts = list(language(SCENES, args.seed))
-    tokenizer = train_tokenizer(texts[:20000], WORDS)
+    texts = list(islice(language(SCENES, args.seed), None if "llm" in missing else SAMPLE))
+    tokenizer = train_tokenizer(texts[:SAMPLE], WORDS)
     for name in missing:
         torch.manual_seed(args.seed)
         with whole_folder(args.out / name) as folder:

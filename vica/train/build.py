@@ -52,6 +52,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
     model.config.name_or_path = model.name_or_path = str(model_args.model_name_or_path)  # the latter for peft
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = sorted(present.intersection(model._no_split_modules))  # FSDP refuses names of no module
+    gather_by_block(model)
     return model, read_processor(folder, config)
 
 
@@ -79,6 +80,16 @@ def read_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor:
     processor = ViCAProcessor.from_config(config, saved.tokenizer)
     processor.image_processor = saved.image_processor
     return processor
+
+
+def gather_by_block(model) -> None:
+    """ZeRO-3 then fetches a block's weights at once. Hooks on each of its modules cost the host more time than the
+    device needs for the layer."""
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_modules
+
+        blocks = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
+        set_z3_leaf_modules(model, list(blocks))
 
 
 def loading_dtype(args) -> torch.dtype:
