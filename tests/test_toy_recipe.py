@@ -16,7 +16,7 @@ import vica
 from tests.builders import assert_close
 from tests.engines import answer, seeing_model
 from tests.training import arguments
-from vica.toy import base, claim, evaluate, layers, tower
+from vica.toy import base, claim, evaluate, layers, patches, tower
 from vica.toy.captions import caption
 from vica.toy.learning import learn
 from vica.toy.score import read_questions
@@ -150,6 +150,46 @@ def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
     for name in ("llm", "tower"):  # in whatever order, by one command or two
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, root))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# --- what a tower's patches tell ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where, fails, reads", [("in each", ["linear"], ["set", "together"]), ("across", ["linear", "set"], ["together"])]
+)
+def test_networks_read_what_their_names_say(where, fails, reads):
+    """Whether two signs agree: those of a patch, or those of two patches."""
+    signs = torch.randint(2, (2, 4000, 2), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+    agree = (signs[..., 0] == signs[..., 1]).long()
+    seen = signs[:, :, None].expand(-1, -1, 4, -1) if where == "in each" else signs.repeat(1, 1, 2)[..., None]
+    score = {
+        name: patches.right(make, seen[0], agree[0], seen[1], agree[1], 2) for name, make in patches.NETWORKS.items()
+    }
+    assert all(score[name] < 80 for name in fails) and all(score[name] > 99 for name in reads), score
+
+
+def test_the_four_patches_are_those_of_the_thing(root):
+    """Told by a tower whose patches see nothing but themselves."""
+    model = CLIPVisionModel.from_pretrained(root / "tower").eval()
+    for name, parameter in model.named_parameters():
+        if ".out_proj." in name:
+            parameter.data.zero_()
+    (seen, things), (unseen, _) = patches.look(model, "a", 400), patches.look(model, "b", 1)
+    assert seen.shape == (len(things), 4, unseen.shape[-1])
+    labels = torch.tensor([patches.ASKED["colour"].index(thing.colour) for thing in things])
+    half = len(things) // 2
+    assert patches.right(patches.NETWORKS["together"], seen[:half], labels[:half], seen[half:], labels[half:], 7) > 90
+
+
+def test_patches_are_told_of_from_the_command_line(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(patches, "STEPS", 2)
+    assert patches.main([str(root / "tower"), "--pictures", "12", *CPU]) == 0
+    heading, _, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["right,", "%", "linear", "set", "together"]
+    assert [row.split()[0] for row in rows] == ["shape", "colour", "size"]
+    assert patches.main([str(tmp_path), *CPU]) == 1
+    assert "holds no tower" in capsys.readouterr().err
 
 
 # --- the layers ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=("tower", "llm"), help="one of the two (default: what is not there)")
-    parser.add_argument("--tower-steps", type=int, default=18000, metavar="N", help=DEFAULT)
+    parser.add_argument("--tower-steps", type=int, default=12500, metavar="N", help=DEFAULT)
     parser.add_argument("--language-steps", type=int, default=6000, metavar="N", help=DEFAULT)
     parser.add_argument(
         "--pictures", type=int, default=400000, metavar="N", help=f"that the tower learns from {DEFAULT}"
