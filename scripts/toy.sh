@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe in small: a drawn world, a tower and a language model made for it, then both training stages by the
 # very scripts of v1_5/, for dense and for ViCA, and the questions of a test world asked of each.
-#   bash scripts/toy.sh                     one GPU: some minutes for the world and the base, and some for each run
+#   bash scripts/toy.sh                     an H200: a quarter of an hour for world and base, then ten minutes for each run
 #   RUNS="vica dense" SEEDS=0 EPOCHS=2 bash scripts/toy.sh
 #
 #   RUNS     of: vica (configs/toy.json's layers), dense, random (as many layers, by chance), blind (no layers)
