@@ -1,6 +1,7 @@
 """The recipe in small, beside its world: what training starts from, the score of a model, the table of the runs."""
 
 import json
+import random
 import re
 from collections import Counter
 
@@ -16,11 +17,12 @@ import vica
 from tests.builders import assert_close
 from tests.engines import answer, seeing_model
 from tests.training import arguments
+from vica.model.config import ViCAConfig
 from vica.toy import base, claim, evaluate, layers, patches, tower
 from vica.toy.captions import caption
 from vica.toy.learning import learn
 from vica.toy.score import read_questions
-from vica.toy.world import draw
+from vica.toy.world import draw, random_scene
 from vica.toy.write import write
 from vica.train.run import main as train
 
@@ -156,17 +158,16 @@ def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "where, fails, reads", [("in each", ["linear"], ["set", "together"]), ("across", ["linear", "set"], ["together"])]
+    "name, fails", [("agree in each", "linear"), ("agree across", "linear"), ("sign of the first", "set")]
 )
-def test_networks_read_what_their_names_say(where, fails, reads):
-    """Whether two signs agree: those of a patch, or those of two patches."""
+def test_networks_read_what_their_names_say(name, fails):
+    """Patches of signs: whether a patch's two agree, or two patches', or what the first one's is."""
     signs = torch.randint(2, (2, 4000, 2), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
-    agree = (signs[..., 0] == signs[..., 1]).long()
-    seen = signs[:, :, None].expand(-1, -1, 4, -1) if where == "in each" else signs.repeat(1, 1, 2)[..., None]
-    score = {
-        name: patches.right(make, seen[0], agree[0], seen[1], agree[1], 2) for name, make in patches.NETWORKS.items()
-    }
-    assert all(score[name] < 80 for name in fails) and all(score[name] > 99 for name in reads), score
+    both = signs[:, :, None].expand(-1, -1, 4, -1)
+    seen = both if name == "agree in each" else signs.repeat(1, 1, 2)[..., None]  # one, other, one, other
+    told = (signs[..., 0] > 0 if name == "sign of the first" else signs[..., 0] == signs[..., 1]).long()
+    score = {n: patches.right(make, seen[0], told[0], seen[1], told[1], 2) for n, make in patches.NETWORKS.items()}
+    assert {n for n in score if score[n] < 80} == {fails} and sum(score[n] > 99 for n in score) == 2, score
 
 
 def test_the_four_patches_are_those_of_the_thing(root):
@@ -182,23 +183,35 @@ def test_the_four_patches_are_those_of_the_thing(root):
     assert patches.right(patches.NETWORKS["together"], seen[:half], labels[:half], seen[half:], labels[half:], 7) > 90
 
 
-def test_patches_are_told_of_from_the_command_line(root, tmp_path, monkeypatch, capsys):
+def test_patches_are_those_that_the_decoder_is_given(root):
+    """Of LLaVA's layer: the first thing of the first scene, as the model's own tower gives them."""
+    model, things = CLIPVisionModel.from_pretrained(root / "tower").eval(), random_scene(random.Random("a")).things
+    pixels = CLIPImageProcessorPil.from_pretrained(root / "tower")(
+        draw(random_scene(random.Random("a"))), return_tensors="pt"
+    ).pixel_values
+    config = ViCAConfig(vision_config=model.config)
+    with torch.no_grad():
+        states = model(pixels, output_hidden_states=True).hidden_states[config.mm_vision_select_layer][0, 1:]
+    seen, told = patches.look(model, "a", 1)
+    assert told == list(things)
+    assert_close(seen[0], states[patches.four(things[0])], 1e-6)
+
+
+def test_patches_are_told_of_from_the_command_line(root, monkeypatch, capsys):
     monkeypatch.setattr(patches, "STEPS", 2)
     assert patches.main([str(root / "tower"), "--pictures", "12", *CPU]) == 0
     heading, _, *rows = capsys.readouterr().out.splitlines()
     assert heading.split() == ["right,", "%", "linear", "set", "together"]
     assert [row.split()[0] for row in rows] == ["shape", "colour", "size"]
-    assert patches.main([str(tmp_path), *CPU]) == 1
-    assert "holds no tower" in capsys.readouterr().err
 
 
 # --- the layers ---------------------------------------------------------------------------------------------------
 
 
 def test_what_follows_a_caption_sees_it_only_in_layers_that_read(root):
-    reader = layers.Reader(root / "llm", 6, torch.device("cpu"))
-    asked = [layers.prepare(AutoTokenizer.from_pretrained(root / "llm"), number) for number in range(6)]
-    own, plain = [], LlamaForCausalLM.from_pretrained(root / "llm")
+    tokenizer, plain = AutoTokenizer.from_pretrained(root / "llm"), LlamaForCausalLM.from_pretrained(root / "llm")
+    reader = layers.Reader(plain.eval(), tokenizer, range(6))
+    asked, own = [layers.prepare(tokenizer, number) for number in range(6)], []
     for ids, answers, _ in asked:
         with torch.no_grad():
             own.append(-plain(ids[None], labels=torch.where(answers, ids, -100)[None]).loss * answers.sum())
@@ -210,20 +223,57 @@ def test_what_follows_a_caption_sees_it_only_in_layers_that_read(root):
     assert abs(reader((3,)).likelihood - before[(3,)]) > 1e-5
 
 
-def test_the_search_for_layers(monkeypatch):
+def test_a_caption_is_what_is_taken_for_one(root):
+    tokenizer = AutoTokenizer.from_pretrained(root / "llm")
+    for number in range(20):
+        ids, answer, told = layers.prepare(tokenizer, number)
+        scene = layers.random_scene(rng := random.Random(f"layers {number}"))
+        assert tokenizer.decode(ids[told]).strip() == caption(scene, rng)
+        assert tokenizer.decode(ids[answer]).strip().endswith("</s>")
+
+
+def test_the_search_for_layers():
     class Stand:
         depth = 5
 
+        def __init__(self, right):
+            self.right = right
+
         def __call__(self, reading):
-            return layers.Score(0.0, sum({1: 3.0, 4: 2.0}.get(layer, -1.0) for layer in reading))
+            return layers.Score(self.right, sum({1: 3.0, 4: 2.0}.get(layer, -1.0) for layer in reading))
 
-    lines = layers.search(Stand(), 2).splitlines()
-    assert [re.split("  +", line)[0] for line in lines[2:5]] == ["all", "none", "[1, 4]"] and len(lines) == 14
+    rows = [re.split("  +", line) for line in layers.search(Stand(10.0), Stand(20.0), 2).splitlines()]
+    assert [row[0] for row in rows[2:5]] == ["all", "none", "[1, 4]"] and len(rows) == 14
+    assert {row[1] for row in rows[2:]} == {"20.0"}  # on the other questions
 
 
-def test_no_language_model_is_told(tmp_path, capsys):
-    assert layers.main([str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"vica.toy.layers: {tmp_path} holds no language model\n"
+def test_layers_from_the_command_line(root, capsys):
+    assert layers.main([str(root / "llm"), "--questions", "2", "--count", "1", *CPU]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 14
+
+
+@pytest.mark.parametrize(
+    "program, part, flags, told",
+    [
+        (layers, "tower", [], "{folder} holds no language model"),
+        (layers, "llm", ["--questions", "0"], "--questions is 0; it must be 1 at least"),
+        (layers, "llm", ["--count", "0"], "--count is 0; it must be 1 at least"),
+        (layers, "llm", ["--count", "13"], "--count is 13, but the model has 12 layers"),
+        (patches, "llm", [], "{folder} holds no tower"),
+        (patches, "", [], "{folder} holds no tower"),
+        (patches, "tower", ["--pictures", "0"], "--pictures is 0; it must be 1 at least"),
+    ],
+)
+def test_what_cannot_be_told_of(program, part, flags, told, root, capsys):
+    assert program.main([str(root / part), *flags, *CPU]) == 1
+    assert capsys.readouterr().err == f"{program.__name__}: {told.format(folder=root / part)}\n"
+
+
+def test_what_is_there_is_kept_and_told(root, capsys):
+    before = (root / "tower/model.safetensors").read_bytes()
+    assert base.main(["--out", str(root), "--only", "tower", "--seed", "5", *STEPS, *CPU]) == 0
+    assert capsys.readouterr().out == f"{root / 'tower'} is there already\n"
+    assert (root / "tower/model.safetensors").read_bytes() == before
 
 
 def test_learning(capsys):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -252,7 +253,8 @@ def test_twins_differ_in_one_thing_or_have_exchanged_one():
     changed = Counter()
     for scene, rng in drawn("train", 300):
         first, *others = twins(scene, 3, rng)
-        assert first == scene and len({first, *others}) == 4
+        assert first == scene
+        assert len({tuple(replace(t, shift=0) for t in s.things) + (s.word,) for s in (first, *others)}) == 4
         for other in others:
             assert world.is_train_scene(other) and other.ground == scene.ground
             alike = {*other.things} & {*scene.things}
@@ -312,6 +314,16 @@ def test_the_language_is_closed():
     said = "".join(said)
     said += "".join(f"{q.text}{q.answer}" for scene, rng in drawn("test", 500) for q in ask(scene, rng))
     assert not set(re.findall(r"[^\W_]", said)) - set("".join(words))
+
+
+def test_the_language_has_sentences_and_conversations():
+    """Either with and without a picture in mind."""
+    talks, sentences = [], []
+    for text in language(200):
+        (talks if "USER:" in text else sentences).append(text)
+    for some in (talks, sentences):
+        assert any(" plus " in text for text in some) and any("What colour is the" in text for text in some)
+    assert all(text.count("USER:") == text.count("ASSISTANT:") <= 8 for text in talks)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ class MaskFlow:
         return hidden, hidden
 
     def show(self, block: Block, frozen):
-        return None if self.call.plan[block.layer_idx].visual_updated else frozen
+        return frozen
 
     def see(self, block: Block, shown):
         return ()
@@ -69,7 +69,7 @@ class MaskFlow:
         return hidden + (update if plan.prefix_attends else update.masked_fill(self.prefix, 0))
 
     def settle(self, block: Block, hidden, shown):
-        return hidden if shown is None else torch.where(self.visual, shown, hidden)
+        return hidden if self.call.plan[block.layer_idx].visual_updated else torch.where(self.visual, shown, hidden)
 
     def text(self, hidden):
         return hidden.flatten(0, 1)[self._text_rows]

@@ -5,6 +5,7 @@ tower/   the vision half of a small CLIP, trained to tell which caption belongs 
 """
 
 import argparse
+import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ SCENES = 120000  # whose sentences the language model reads
 ROW = 512  # tokens of text that it sees at once
 DEFAULT = "(default: %(default)s)"  # argparse fills it in
 LEAST = {"tower_steps": 1, "language_steps": 1, "pictures": FAMILY, "batch": 1}
+PARTS = {"tower": ("tower", "clip_vision_model"), "llm": ("language model", "llama")}  # in words, and as transformers'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tower-steps", type=int, default=12500, metavar="N", help=DEFAULT)
     parser.add_argument("--language-steps", type=int, default=6000, metavar="N", help=DEFAULT)
     parser.add_argument(
-        "--pictures", type=int, default=400000, metavar="N", help=f"that the tower learns from {DEFAULT}"
-    )
+        "--pictures", type=int, default=400000, metavar="N",
+        help=f"that the tower learns from, 38 KB of memory each on the host and on the device {DEFAULT}",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=512, help=f"pictures a step; an eighth as many texts {DEFAULT}")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,11 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(args) -> None:
-    for name, least in LEAST.items():
-        if getattr(args, name) < least:
-            raise ViCAError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} at least")
+    check_least(args, LEAST)
     device = check_device(args.device)
-    missing = [name for name in ("tower", "llm") if args.only in (None, name) and not (args.out / name).exists()]
+    wanted = [name for name in PARTS if args.only in (None, name)]
+    missing = [name for name in wanted if not (args.out / name).exists()]
+    for name in wanted:
+        if name not in missing:
+            print(f"{args.out / name} is there already", flush=True)
+    if not missing:
+        return
     # First of all, as it is done by forks, which like neither threads nor a GPU in use.
     drawn = draw_families(args.pictures // FAMILY, args.seed) if "tower" in missing else None
     texts = list(islice(language(SCENES, args.seed), None if "llm" in missing else SAMPLE))
@@ -72,8 +79,24 @@ def build(args) -> None:
         with whole_folder(args.out / name) as folder:
             if name == "tower":
                 make_tower(folder, tokenizer, drawn, args, device)
+                drawn = None
             else:
                 make_language_model(folder, tokenizer, texts, args, device)
+
+
+def check_least(args, least: dict[str, int]) -> None:
+    for name, smallest in least.items():
+        if (given := getattr(args, name)) is not None and given < smallest:
+            raise ViCAError(f"--{name.replace('_', '-')} is {given}; it must be {smallest} at least")
+
+
+def check_part(folder: Path, name: str) -> Path:
+    """A folder that this module made."""
+    words, model_type = PARTS[name]
+    config = folder / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get("model_type") != model_type:
+        raise ViCAError(f"{folder} holds no {words}")
+    return folder
 
 
 def make_tower(folder: Path, tokenizer: PreTrainedTokenizerFast, drawn, args, device) -> None:

@@ -28,7 +28,8 @@ def language(scenes: int, seed: int = 0) -> Iterator[str]:
             yield f"{rng.choice(INSTRUCTIONS)} {told}"
             yield from (f"{question.text} {question.answer}" for question in asked)
         else:
-            turns = [(role, text) for q in asked[:TURNS] for role, text in (("user", q.text), ("assistant", q.answer))]
+            some = rng.sample(asked, min(TURNS, len(asked)))
+            turns = [(role, text) for q in some for role, text in (("user", q.text), ("assistant", q.answer))]
             turns[0] = ("user", f"{told}\n{turns[0][1]}")
             yield template.render(turns).removesuffix(template.stop)
 

@@ -18,6 +18,7 @@ from ..data.conversation import get_template
 from ..errors import ViCAError
 from ..loading import check_device
 from ..table import table
+from .base import check_least, check_part
 from .captions import caption
 from .questions import ask
 from .world import random_scene
@@ -36,18 +37,30 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        if not (args.llm / "config.json").is_file():
-            raise ViCAError(f"{args.llm} holds no language model")
-        reader = Reader(args.llm, args.questions, check_device(args.device))
-        print(search(reader, args.count or reader.depth // 4))
+        check_least(args, {"count": 1, "questions": 1})
+        device = check_device(args.device)
+        model = (
+            LlamaForCausalLM.from_pretrained(check_part(args.llm, "llm"), attn_implementation="sdpa").to(device).eval()
+        )
+        count = max(1, model.config.num_hidden_layers // 4) if args.count is None else args.count
+        if count > model.config.num_hidden_layers:
+            raise ViCAError(f"--count is {count}, but the model has {model.config.num_hidden_layers} layers")
+        tokenizer = AutoTokenizer.from_pretrained(args.llm)
+        chosen_by, shown_by = (
+            Reader(model, tokenizer, range(first, first + args.questions)) for first in (0, args.questions)
+        )
+        print(search(chosen_by, shown_by, count))
     except (ViCAError, OSError) as error:
         print(f"vica.toy.layers: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
-def search(reader: "Reader", count: int) -> str:
-    """The best sets of so many layers; those of each size grow out of the best of one less."""
+def search(reader: "Reader", other: "Reader", count: int) -> str:
+    """The best sets of so many layers, those of each size grown out of the best of one less; with their scores on
+    other questions than they were chosen by."""
     everything = frozenset(range(reader.depth))
     kept = [frozenset()]
     for size in range(1, count + 1):
@@ -55,7 +68,7 @@ def search(reader: "Reader", count: int) -> str:
         scores = {one: reader(one) for one in tqdm(larger, f"{size} layers", disable=None)}
         kept = sorted(scores, key=lambda one: (-scores[one].likelihood, sorted(one)))[:KEPT]
     rows = [("layers", "right, %", "log-likelihood")]
-    found = [("all", reader(everything)), ("none", reader(())), *((sorted(one), scores[one]) for one in kept[:SHOWN])]
+    found = [("all", other(everything)), ("none", other(())), *((sorted(one), other(one)) for one in kept[:SHOWN])]
     return table(rows + [(str(name), f"{s.right:.1f}", f"{s.likelihood:.3f}") for name, s in found])
 
 
@@ -66,12 +79,10 @@ class Score:
 
 
 class Reader:
-    def __init__(self, folder: Path, questions: int, device: torch.device):
-        self.model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
-        self.layers = self.model.model.layers
+    def __init__(self, model: LlamaForCausalLM, tokenizer, questions: Iterable[int]):
+        self.model, self.layers, device = model, model.model.layers, model.device
         self.depth = len(self.layers)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        rows = [prepare(tokenizer, number) for number in range(questions)]
+        rows = [prepare(tokenizer, number) for number in questions]
         ids, answers, captions = (pad_sequence([row[x] for row in rows], batch_first=True) for x in range(3))
         self.ids, self.answers = ids.to(device), answers[:, 1:].to(device)
         places = torch.arange(ids.shape[1])

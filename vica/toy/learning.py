@@ -11,7 +11,7 @@ def learn(model, loss: Callable[[], torch.Tensor], steps: int, rate: float, name
     """AdamW with a short rise of the rate and a cosine's fall. On CUDA a step is captured once: models so small would
     wait for their kernels' launches."""
     captured = device.type == "cuda"
-    rates = torch.tensor(rate, device=device)
+    rates = torch.tensor(0.0, device=device)  # as what comes before the capture must teach nothing
     settings = dict(lr=rates, capturable=True) if captured else dict(lr=rate)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, **settings)
 

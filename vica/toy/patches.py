@@ -2,8 +2,8 @@
 patches in the middle of its place.
 
 linear      by a linear map of the four
-set         by a network that looks at each by itself and averages: all that attention to frozen tokens can do
-together    by a network that sees the four at once, as a decoder does in which they attend to one another
+set         by a network that looks at each by itself, averages, and thinks: what attention to frozen tokens can do
+together    by a network that sees the four at once, as a decoder can in which they attend to one another
 """
 
 import argparse
@@ -22,11 +22,12 @@ from transformers.utils import logging as transformers_logging
 from ..errors import ViCAError
 from ..loading import check_device
 from ..table import table
-from .base import DEFAULT
+from .base import DEFAULT, check_least, check_part
 from .world import COLOURS, SHAPES, SIDE, SIZES, Thing, draw, random_scene
 
 PATCH, LAYER = 14, -2  # the layer is LLaVA's
 HIDDEN, STEPS, BATCH = 256, 600, 1024
+SURE = 1e-3  # of a loss: AdamW's moments would fade to numbers that CPUs are slow with
 ASKED = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
 
 
@@ -40,12 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_flush_denormal(True)  # where colours are read without fail AdamW's moments fade, and CPUs crawl
     try:
-        if not (args.tower / "config.json").is_file():
-            raise ViCAError(f"{args.tower} holds no tower")
+        check_least(args, {"pictures": 1})
         device = check_device(args.device)
-        tower = CLIPVisionModel.from_pretrained(args.tower).eval().to(device)
+        tower = CLIPVisionModel.from_pretrained(check_part(args.tower, "tower")).eval().to(device)
         learned, asked = (look(tower, f"{part} {args.pictures}", count) for part, count in (
             ("learned", args.pictures), ("asked", max(1, args.pictures // 6))
         ))  # fmt: skip
@@ -53,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ViCAError, OSError) as error:
         print(f"vica.toy.patches: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -77,7 +78,10 @@ def right(make, patches, labels, others, wanted, count: int) -> float:
     for _ in range(STEPS):
         some = torch.randint(len(patches), (BATCH,), device=patches.device)
         optimizer.zero_grad()
-        cross_entropy(network(patches[some]), labels[some]).backward()
+        loss = cross_entropy(network(patches[some]), labels[some])
+        if loss < SURE:
+            break
+        loss.backward()
         optimizer.step()
     with torch.inference_mode():
         return 100 * (network(others).argmax(1) == wanted).float().mean().item()
@@ -91,7 +95,7 @@ class Average(nn.Module):
 NETWORKS = {
     "linear": lambda width, count: nn.Sequential(nn.Flatten(), nn.Linear(4 * width, count)),
     "set": lambda width, count: nn.Sequential(
-        nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), Average(), nn.Linear(HIDDEN, count)
+        nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), Average(), nn.GELU(), nn.Linear(HIDDEN, count)
     ),
     "together": lambda width, count: nn.Sequential(
         nn.Flatten(), nn.Linear(4 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, count)

@@ -17,12 +17,17 @@ def twins(scene: Scene, count: int, rng: random.Random) -> list[Scene]:
     changes = [_shape, _shape, _colour, _size, _place]  # shapes are the hardest to see
     changes += [_word] if scene.word else []
     changes += [_exchange] if len(scene.things) > 1 else []
-    family = [scene]
+    family = {_unmoved(scene): scene}
     while len(family) <= count:
-        change = rng.choice(changes)
-        if (other := change(scene, rng)) not in family and is_train_scene(other):
-            family.append(other)
-    return family
+        other = rng.choice(changes)(scene, rng)
+        if _unmoved(other) not in family and is_train_scene(other):
+            family[_unmoved(other)] = other
+    return list(family.values())
+
+
+def _unmoved(scene: Scene) -> Scene:
+    """Scenes that are the same but for some pixels have the same captions: nothing could tell them apart."""
+    return replace(scene, things=tuple(replace(thing, shift=(0, 0)) for thing in scene.things))
 
 
 def _shape(scene: Scene, rng: random.Random) -> Scene:
