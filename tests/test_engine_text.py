@@ -198,23 +198,25 @@ def test_first_tokens_come_before_last_ones(endless):
 
 
 def test_cancelled(endless, want):
+    """One that runs, one that waits, and later one that runs, whichever they are: who is prepared first enters."""
     engine, requests = watched(small_engine(endless, max_batch=3)), asked()
-    first, waiting, third = requests[0], requests[5], requests[2]
-    count = 0
-    for _ in engine.stream(requests):
-        count += 1
-        if count == 4:
-            engine.cancel(first)
-            engine.cancel(waiting)
-        if count == 9:
-            engine.cancel(third)
+    cancelled = []
+    for number, (request, _) in enumerate(engine.stream(requests)):
+        if number == 3:
+            cancelled = [request, engine.scheduler.waiting[-1].request]
+        if number == 8:
+            cancelled.append(request)
+        if number in (3, 8):
+            for one in cancelled:
+                engine.cancel(one)
+    running, waiting, _ = cancelled
     for request, all_tokens in zip(requests, want):
         result = request.result
-        if request in (first, waiting, third) and result.finish_reason == "cancelled":
+        if request in cancelled and result.finish_reason == "cancelled":
             assert result.error is None and result.tokens == all_tokens[: len(result.tokens)] and len(result.tokens) < 8
         else:
-            assert result.tokens == all_tokens and request not in (first, waiting)
-    assert waiting.result.tokens == [] and waiting.result.first_token_s is None and first.result.tokens
+            assert result.tokens == all_tokens and request not in (running, waiting)
+    assert waiting.result.tokens == [] and waiting.result.first_token_s is None and running.result.tokens
     assert_idle(engine)
     assert_good_as_new(engine, want)
 
