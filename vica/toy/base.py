@@ -5,7 +5,6 @@ tower/   the vision half of a small CLIP, trained to tell which caption belongs 
 """
 
 import argparse
-import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ..errors import ViCAError
 from ..files import whole_folder
 from ..loading import check_device
+from ..model.checkpoint import read_json
 from .language import language
 from .learning import learn
 from .model import train_tokenizer
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m vica.toy.base", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=("tower", "llm"), help="one of the two (default: what is not there)")
+    parser.add_argument("--only", choices=tuple(PARTS), help="one of the two (default: what is not there)")
     parser.add_argument("--tower-steps", type=int, default=12500, metavar="N", help=DEFAULT)
     parser.add_argument("--language-steps", type=int, default=6000, metavar="N", help=DEFAULT)
     parser.add_argument(
@@ -94,7 +94,7 @@ def check_part(folder: Path, name: str) -> Path:
     """A folder that this module made."""
     words, model_type = PARTS[name]
     config = folder / "config.json"
-    if not config.is_file() or json.loads(config.read_text()).get("model_type") != model_type:
+    if not config.is_file() or read_json(config).get("model_type") != model_type:
         raise ViCAError(f"{folder} holds no {words}")
     return folder
 

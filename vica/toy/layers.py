@@ -18,7 +18,7 @@ from ..data.conversation import get_template
 from ..errors import ViCAError
 from ..loading import check_device
 from ..table import table
-from .base import check_least, check_part
+from .base import DEFAULT, check_least, check_part
 from .captions import caption
 from .questions import ask
 from .world import random_scene
@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vica.toy.layers", description=__doc__)
     parser.add_argument("llm", type=Path, help="folder that vica.toy.base made")
     parser.add_argument("--count", type=int, help="of layers (default: a quarter of them)")
-    parser.add_argument("--questions", type=int, default=512, metavar="N")
+    parser.add_argument(
+        "--questions", type=int, default=512, metavar="N", help=f"to choose by, and as many to show with {DEFAULT}"
+    )
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
@@ -39,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_least(args, {"count": 1, "questions": 1})
         device = check_device(args.device)
-        model = (
-            LlamaForCausalLM.from_pretrained(check_part(args.llm, "llm"), attn_implementation="sdpa").to(device).eval()
-        )
+        model = LlamaForCausalLM.from_pretrained(check_part(args.llm, "llm"), attn_implementation="sdpa")
+        model = model.to(device).eval()
         count = max(1, model.config.num_hidden_layers // 4) if args.count is None else args.count
         if count > model.config.num_hidden_layers:
             raise ViCAError(f"--count is {count}, but the model has {model.config.num_hidden_layers} layers")
