@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ..cli.common import DEFAULT
 from ..errors import ViCAError
 from ..files import whole_folder
 from ..loading import check_device
@@ -29,7 +30,6 @@ LAYERS, WIDTH, HEADS, INNER = 12, 192, 6, 512
 POSITIONS = 2048
 SCENES = 120000  # whose sentences the language model reads
 ROW = 512  # tokens of text that it sees at once
-DEFAULT = "(default: %(default)s)"  # argparse fills it in
 LEAST = {"tower_steps": 1, "language_steps": 1, "pictures": FAMILY, "batch": 1}
 PARTS = {"tower": ("tower", "clip_vision_model"), "llm": ("language model", "llama")}  # in words, and as transformers'
 

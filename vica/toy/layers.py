@@ -14,11 +14,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from ..cli.common import DEFAULT
 from ..data.conversation import get_template
 from ..errors import ViCAError
 from ..loading import check_device
 from ..table import table
-from .base import DEFAULT, check_least, check_part
+from .base import check_least, check_part
 from .captions import caption
 from .questions import ask
 from .world import random_scene

@@ -19,10 +19,11 @@ from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from ..cli.common import DEFAULT
 from ..errors import ViCAError
 from ..loading import check_device
 from ..table import table
-from .base import DEFAULT, check_least, check_part
+from .base import check_least, check_part
 from .world import COLOURS, SHAPES, SIDE, SIZES, Thing, draw, random_scene
 
 PATCH, LAYER = 14, -2  # the layer is LLaVA's
