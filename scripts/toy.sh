@@ -7,7 +7,7 @@
 #   RUNS     of: vica (configs/toy.json's layers), dense, random (as many layers, by chance), blind (no layers)
 #   SEEDS    of the training, world and base being the same                               (default: 0 1 2)
 #   JOBS     runs at the same time on each card: one alone leaves most of it idle         (default: 4)
-#   PICTURES, EPOCHS, FOLDER                                      (default: 120000, 6, playground/toy)
+#   PICTURES, EPOCHS, FOLDER                                      (default: 160000, 6, playground/toy)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CONFIG=configs/toy.json ENGINE=none GLOBAL_BATCH=128 BATCH=128 GPUS=1 OMP_NUM_THREADS=1
@@ -15,7 +15,7 @@ FOLDER="${FOLDER:-playground/toy}" RUNS="${RUNS:-vica dense random blind}" SEEDS
 source scripts/setup.sh
 find_python
 
-[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-120000}"
+[ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-160000}"
 [ -d "$FOLDER/base/tower" ] && [ -d "$FOLDER/base/llm" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"
 
 layers() { # of a run with a seed, as JSON

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"must be empty or new (default: {FOLDER})")
-    parser.add_argument("--train", type=int, default=120000, metavar="N", help="pictures to train on (default: 120000)")
+    parser.add_argument("--train", type=int, default=160000, metavar="N", help="pictures to train on (default: 160000)")
     parser.add_argument("--test", type=int, default=500, metavar="M", help="pictures to ask about (default: 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     args = parser.parse_args(argv)
