@@ -44,7 +44,12 @@ def test_sizes_and_wiring():
 def test_mask_and_accel_answer_alike(name, answered):
     mask, accel, dense = (texts(answered / variant / name) for variant in ("mask", "accel", "dense"))
     assert mask == accel and len(set(mask.values())) > 1
-    assert dense.keys() == mask.keys() and dense != mask
+    assert dense.keys() == mask.keys()
+
+
+def test_dense_is_another_model(answered):
+    """Of most benchmarks' few questions both miss none: somewhere they differ."""
+    assert any(texts(answered / "dense" / name) != texts(answered / "mask" / name) for name in TASKS)
 
 
 @pytest.mark.parametrize("variant", RUNS)

@@ -111,7 +111,7 @@ def draw(runs: list[dict], path: Path) -> None:
         axes.scatter([x for x, v in zip(at, values) for _ in v], [y for v in values for y in v], s=6, color="black")
     axes.set_xticks(range(len(kinds)), [kind.replace("_", "\n") for kind in kinds])
     axes.set(ylabel="right answers, %", ylim=(0, 100))
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(names))  # bars fill the axes
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
