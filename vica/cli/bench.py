@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from ..bench import counted, evaluation, latency, memory, models, plot, report, throughput, training
 from ..errors import ViCAError
 from ..loading import check_device
+from ..program import quiet_transformers
 from . import common
 
 VERBS = {
@@ -52,8 +51,7 @@ def run(args: argparse.Namespace) -> None:
     module = VERBS[args.what]
     settle(args, module.DEFAULTS[check_device(args.device).type])
     check_files(args)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     wiring = common.wiring(args)
     if module is counted:
         subject = models.read_config(args, wiring)

@@ -2,14 +2,13 @@
 
 import argparse
 
-from transformers.utils import logging as transformers_logging
-
 from ..data.processor import ViCAProcessor
 from ..engine import Request
 from ..errors import ViCAError
 from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
 from ..model.plan import VARIANTS, parse_prefix_rule
+from ..program import quiet_transformers
 
 DEFAULT = "(default: %(default)s)"  # argparse fills it in
 
@@ -58,8 +57,7 @@ def wiring(args: argparse.Namespace) -> dict:
 
 
 def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     model, processor = load(args.model, device=args.device, dtype=args.dtype, **wiring(args))
     if processor is None:
         raise ViCAError(f"{args.model} holds no tokenizer, so it cannot be asked anything")

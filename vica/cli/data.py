@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-from transformers.utils import logging as transformers_logging
 
 from ..data.check import Check, Summary
 from ..data.conversation import get_template
@@ -18,6 +17,7 @@ from ..errors import ViCAError
 from ..loading import load_processor
 from ..model import checkpoint
 from ..model.sizes import visual_tokens
+from ..program import quiet_transformers
 from . import common
 
 SHOWN = 10
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     """The processor, and the positions that an image takes."""
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     folder = checkpoint.find_folder(model, weights=False)
     config = checkpoint.read_config(folder, variant="dense")  # for which a checkpoint need not name its layers
     processor = load_processor(folder, config)

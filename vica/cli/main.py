@@ -1,11 +1,9 @@
-"""Entry point: picks the verb, and turns a user's mistake into one line and exit code 1."""
+"""Entry point: picks the verb."""
 
 import argparse
 import sys
 
-import torch
-
-from ..errors import ViCAError
+from ..program import exit_status
 from . import ask, bench, chat, convert, data, eval, info, train
 
 VERBS = {
@@ -33,23 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["train"]:  # whose flags are dataclasses, with a parser of their own
-            return train.run(argv[1:])
-        args = build_parser().parse_args(argv)
-        VERBS[args.verb].run(args)
-    except ViCAError as error:
-        print(f"vica {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"vica {argv[0]}: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"vica {argv[0]}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if argv[:1] == ["train"]:  # whose flags are dataclasses, with a parser of their own
+        return exit_status("vica train", lambda: train.run(argv[1:]))
+    args = build_parser().parse_args(argv)
+    return exit_status(f"vica {args.verb}", lambda: VERBS[args.verb].run(args))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ..errors import ViCAError
 from ..files import whole_folder
 from ..loading import check_device
 from ..model.checkpoint import read_json
+from ..program import exit_status
 from .language import language
 from .learning import learn
 from .model import train_tokenizer
@@ -50,14 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        build(args)
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.base: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("vica.toy.base", lambda: build(args))
 
 
 def build(args) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from ..files import whole_folder
+from ..program import exit_status
 from . import benchmark_choices, benchmark_mmbench, benchmark_words, benchmark_yesno
 
 FOLDER = Path("playground/toy/eval")
@@ -43,16 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER, help=f"must be empty or new (default: {FOLDER})")
     parser.add_argument("--pictures", type=int, default=24, metavar="N", help="pictures a benchmark (default: 24)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    args = parser.parse_args(argv)
-    try:
-        truth = write(args.out, args.pictures, args.seed)
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.benchmarks: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status("vica.toy.benchmarks", lambda: run(parser.parse_args(argv)))
+
+
+def run(args) -> None:
+    truth = write(args.out, args.pictures, args.seed)
     print(f"{args.out}: " + ", ".join(f"{name} {len(entries)}" for name, entries in truth.items()) + " questions")
-    return 0
 
 
 def write(folder: Path, pictures: int = 24, seed: int = 0) -> dict[str, list[dict]]:

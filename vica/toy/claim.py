@@ -12,6 +12,7 @@ from ..model.checkpoint import read_json
 from ..model.config import ViCAConfig
 from ..model.flops import visual_flops
 from ..model.sizes import visual_tokens
+from ..program import exit_status
 
 ORDER = ("dense", "vica", "random", "blind")
 
@@ -20,19 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vica.toy.claim", description=__doc__)
     parser.add_argument("runs", type=Path, help="folder that holds NAME-SEED/score.json and NAME-SEED/model")
     parser.add_argument("--out", type=Path, required=True, help="folder for claim.json, claim.md and claim.png")
-    args = parser.parse_args(argv)
-    try:
-        runs = read_runs(args.runs)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
-        text = markdown(runs)
-        (args.out / "claim.md").write_text(text)
-        draw(runs, args.out / "claim.png")
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.claim: {error}", file=sys.stderr)
-        return 1
+    return exit_status("vica.toy.claim", lambda: run(parser.parse_args(argv)))
+
+
+def run(args) -> None:
+    runs = read_runs(args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
+    text = markdown(runs)
+    (args.out / "claim.md").write_text(text)
+    draw(runs, args.out / "claim.png")
     print(text)
-    return 0
 
 
 def read_runs(folder: Path) -> list[dict]:

@@ -5,11 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from ..engine import Engine, Request
 from ..errors import ViCAError
 from ..loading import load
+from ..program import exit_status, quiet_transformers
 from ..table import table
 from .score import read_questions, score
 
@@ -24,22 +23,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", type=Path, help="counts by kind go here")
-    args = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        if args.limit is not None and args.limit < 1:
-            raise ViCAError(f"--limit is {args.limit}; it must be 1 at least")
-        model, processor = load(args.model, device=args.device, dtype=args.dtype)
-        questions = read_questions(args.world / "test.jsonl")[: args.limit]
-        found = score(questions, answers(model, processor, questions, args.world / "images"))
-        if args.json:
-            args.json.write_text(json.dumps(found) + "\n")
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.evaluate: {error}", file=sys.stderr)
-        return 1
+    quiet_transformers()
+    return exit_status("vica.toy.evaluate", lambda: run(parser.parse_args(argv)))
+
+
+def run(args) -> None:
+    if args.limit is not None and args.limit < 1:
+        raise ViCAError(f"--limit is {args.limit}; it must be 1 at least")
+    model, processor = load(args.model, device=args.device, dtype=args.dtype)
+    questions = read_questions(args.world / "test.jsonl")[: args.limit]
+    found = score(questions, answers(model, processor, questions, args.world / "images"))
+    if args.json:
+        args.json.write_text(json.dumps(found) + "\n")
     print(table([("kind", "right", "of", "%"), *((k, r, n, f"{100 * r / n:.1f}") for k, (r, n) in found.items())]))
-    return 0
 
 
 def answers(model, processor, questions: list[dict], images: Path) -> dict[int, str]:

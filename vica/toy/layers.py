@@ -12,12 +12,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from ..cli.common import DEFAULT
 from ..data.conversation import get_template
 from ..errors import ViCAError
 from ..loading import check_device
+from ..program import exit_status, quiet_transformers
 from ..table import table
 from .base import check_least, check_part
 from .captions import caption
@@ -36,28 +36,23 @@ def main(argv: list[str] | None = None) -> int:
         "--questions", type=int, default=512, metavar="N", help=f"to choose by, and as many to show with {DEFAULT}"
     )
     parser.add_argument("--device")
-    args = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        check_least(args, {"count": 1, "questions": 1})
-        device = check_device(args.device)
-        model = LlamaForCausalLM.from_pretrained(check_part(args.llm, "llm"), attn_implementation="sdpa")
-        model = model.to(device).eval()
-        count = max(1, model.config.num_hidden_layers // 4) if args.count is None else args.count
-        if count > model.config.num_hidden_layers:
-            raise ViCAError(f"--count is {count}, but the model has {model.config.num_hidden_layers} layers")
-        tokenizer = AutoTokenizer.from_pretrained(args.llm)
-        chosen_by, shown_by = (
-            Reader(model, tokenizer, range(first, first + args.questions)) for first in (0, args.questions)
-        )
-        print(search(chosen_by, shown_by, count))
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.layers: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    quiet_transformers()
+    return exit_status("vica.toy.layers", lambda: run(parser.parse_args(argv)))
+
+
+def run(args) -> None:
+    check_least(args, {"count": 1, "questions": 1})
+    device = check_device(args.device)
+    model = LlamaForCausalLM.from_pretrained(check_part(args.llm, "llm"), attn_implementation="sdpa")
+    model = model.to(device).eval()
+    count = max(1, model.config.num_hidden_layers // 4) if args.count is None else args.count
+    if count > model.config.num_hidden_layers:
+        raise ViCAError(f"--count is {count}, but the model has {model.config.num_hidden_layers} layers")
+    tokenizer = AutoTokenizer.from_pretrained(args.llm)
+    chosen_by, shown_by = (
+        Reader(model, tokenizer, range(first, first + args.questions)) for first in (0, args.questions)
+    )
+    print(search(chosen_by, shown_by, count))
 
 
 def search(reader: "Reader", other: "Reader", count: int) -> str:

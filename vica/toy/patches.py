@@ -17,11 +17,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import logging as transformers_logging
 
 from ..cli.common import DEFAULT
-from ..errors import ViCAError
 from ..loading import check_device
+from ..program import exit_status, quiet_transformers
 from ..table import table
 from .base import check_least, check_part
 from .world import COLOURS, SHAPES, SIDE, SIZES, Thing, draw, random_scene
@@ -39,23 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("tower", type=Path, help="folder that vica.toy.base made")
     parser.add_argument("--pictures", type=int, default=6000, metavar="N", help=f"to learn from {DEFAULT}")
     parser.add_argument("--device")
-    args = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        check_least(args, {"pictures": 1})
-        device = check_device(args.device)
-        tower = CLIPVisionModel.from_pretrained(check_part(args.tower, "tower")).eval().to(device)
-        learned, asked = (look(tower, f"{part} {args.pictures}", count) for part, count in (
-            ("learned", args.pictures), ("asked", max(1, args.pictures // 6))
-        ))  # fmt: skip
-        print(table([("right, %", *NETWORKS), *(read(name, learned, asked) for name in ASKED)]))
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.patches: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    quiet_transformers()
+    return exit_status("vica.toy.patches", lambda: run(parser.parse_args(argv)))
+
+
+def run(args) -> None:
+    check_least(args, {"pictures": 1})
+    device = check_device(args.device)
+    tower = CLIPVisionModel.from_pretrained(check_part(args.tower, "tower")).eval().to(device)
+    learned, asked = (look(tower, f"{part} {args.pictures}", count) for part, count in (
+        ("learned", args.pictures), ("asked", max(1, args.pictures // 6))
+    ))  # fmt: skip
+    print(table([("right, %", *NETWORKS), *(read(name, learned, asked) for name in ASKED)]))
 
 
 def read(name: str, learned, asked) -> tuple[str, ...]:

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from ..data.images import load_image
 from ..errors import ViCAError
 from ..loading import load
 from ..model.flops import visual_flops
 from ..model.sizes import kv_bytes, visual_tokens
+from ..program import exit_status, quiet_transformers
 from ..table import table
 from .evaluate import answers
 from .score import read_questions, score
@@ -39,15 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question", help="one that the toy world knows, such as: What colour is the background?")
     parser.add_argument("--pictures", type=int, default=40, metavar="N", help="of the test world (default: 40)")
     parser.add_argument("--max-new-tokens", type=int, default=12)
-    args = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        run(args)
-    except (ViCAError, OSError) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 1
-    return 0
+    quiet_transformers()
+    return exit_status("quickstart", lambda: run(parser.parse_args(argv)))
 
 
 def run(args) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import ViCAError
 from ..files import whole_folder
+from ..program import exit_status
 from .captions import INSTRUCTIONS, caption
 from .cores import in_order
 from .forms import vary
@@ -40,16 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=160000, metavar="N", help="pictures to train on (default: 160000)")
     parser.add_argument("--test", type=int, default=500, metavar="M", help="pictures to ask about (default: 500)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    args = parser.parse_args(argv)
-    try:
-        write(args.folder, args.train, args.test, args.seed, progress=True)
-    except (ViCAError, OSError) as error:
-        print(f"vica.toy.write: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status("vica.toy.write", lambda: run(parser.parse_args(argv)))
+
+
+def run(args) -> None:
+    write(args.folder, args.train, args.test, args.seed, progress=True)
     print(f"{args.folder}: {args.train} pictures to train on, {args.test} to ask about")
-    return 0
 
 
 def write(folder: Path, train: int, test: int, seed: int = 0, progress: bool = False) -> Path:

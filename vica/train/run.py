@@ -2,12 +2,10 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers.utils import logging as transformers_logging
 
 from ..data.collate import Collator
 from ..data.samples import Samples, Stream, open_samples
@@ -15,6 +13,7 @@ from ..data.skipped import Skipped
 from ..data.training import TrainingSet, TrainingStream, check_folder
 from ..errors import ViCAError
 from ..model.sizes import visual_tokens
+from ..program import exit_status, quiet_transformers
 from . import curve, saving
 from .arguments import one_line_complaints, parse
 from .build import build, loading_dtype, widen
@@ -28,18 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        train(argv)
-    except (ViCAError, OSError) as error:
-        print(f"vica train: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"vica train: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("vica train: stopped; started again it goes on from its newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        "vica train", lambda: train(argv), "stopped; started again it goes on from its newest checkpoint"
+    )
 
 
 def train(argv: list[str] | None = None) -> None:
@@ -78,8 +68,7 @@ def train(argv: list[str] | None = None) -> None:
 
 def prepare(args) -> None:
     """What must be settled before anything large is loaded."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     logging.basicConfig(level=logging.INFO if args.should_save else logging.ERROR, format="%(message)s")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.should_save:
