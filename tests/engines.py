@@ -1,5 +1,7 @@
 """What the engine's tests share: small engines, requests, answers of the model's own generate, an engine at rest."""
 
+from concurrent.futures import wait
+
 import numpy as np
 import torch
 from PIL import Image
@@ -62,6 +64,13 @@ def answer(model, inputs, max_new_tokens: int, **options) -> list[int]:
 
 def small_engine(model, **options) -> Engine:
     return Engine(model, **(dict(kv_bytes=2**20, image_memory_bytes=2**20, max_batch=4, workers=2) | options))
+
+
+def all_prepared(engine: Engine) -> Engine:
+    """The engine, which now chooses who enters when all that wait are prepared, however slow the host is."""
+    choose = engine.scheduler._choose
+    engine.scheduler._choose = lambda: (wait([s.prepared for s in engine.scheduler.waiting]), choose())[1]
+    return engine
 
 
 def seeing_model(**changes):

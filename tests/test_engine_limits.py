@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.builders import IMAGE, tiny_model
 from tests.engines import (
+    all_prepared,
     alone,
     answer,
     assert_idle,
@@ -253,10 +254,9 @@ def test_a_slow_image_keeps_nobody_waiting(model, want):
 
 def test_large_requests_wait_for_room_and_get_it(model):
     """One that needs all slots runs when the others have left, and is not passed by for ever."""
-    model.generation_config.eos_token_id = None
     engine = watched(small_engine(model, kv_bytes=512 * 60, max_batch=5))
-    small = [request_of([2 + n % 5], max_new_tokens=6) for n in range(30)]
-    large = request_of([50], max_new_tokens=11)
+    small = [request_of([2 + n % 5], max_new_tokens=6, ignore_eos=True) for n in range(30)]
+    large = request_of([50], max_new_tokens=11, ignore_eos=True)
     requests = [*small[:10], large, *small[10:]]
     ended = []
     for request, _ in engine.stream(iter(requests)):
@@ -282,8 +282,8 @@ def test_idle_prefixes_make_room(model):
 
 def test_prefixes_in_use_make_no_room(model):
     """Of an older one that is in use and a younger one that is idle, the idle one goes."""
-    engine = watched(small_engine(model, kv_bytes=512 * 140))
-    long = request_of([30, ("image", 1), 3], 0, max_new_tokens=60)  # still running when the others are done
+    engine = all_prepared(watched(small_engine(model, kv_bytes=512 * 140)))
+    long = request_of([30, ("image", 1), 3], 0, max_new_tokens=60, ignore_eos=True)  # outlasts the others
     stream = engine.stream([long])
     next(stream)
     for last in (request_of([20, ("image", 1), 3], 1, max_new_tokens=2), request_of([40], 2, max_new_tokens=2)):

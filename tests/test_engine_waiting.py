@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.builders import tiny_model
-from tests.engines import QUESTIONS, alone, assert_idle, request_of, seeing_model, small_engine
+from tests.engines import QUESTIONS, all_prepared, alone, assert_idle, request_of, seeing_model, small_engine
 from vica.engine import scheduler
 from vica.engine.inputs import HEADS, LONGEST_HEAD
 
@@ -22,8 +22,9 @@ def short_answers(count: int, tokens: int) -> list:
     return [request_of([3 + n % 4], text=n, max_new_tokens=tokens, ignore_eos=True) for n in range(count)]
 
 
-def test_many_are_waited_for_at_once(model):
+def test_many_are_waited_for_at_once(model, monkeypatch):
     """Each is prepared a little after the other; who waits looks at them when the batch is there, or at first."""
+    monkeypatch.setattr(scheduler, "PATIENCE", 60)  # however slow the host
     engine, looks = small_engine(model, max_batch=24, workers=1), []
     prepare, ready = engine.inputs.prepare, engine.scheduler._ready
     engine.inputs.prepare = lambda request: (time.sleep(0.001), prepare(request))[1]
@@ -53,9 +54,8 @@ def test_who_is_never_prepared_alone_holds_up_no_batch(model):
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_the_next_enter_before_the_last_are_read(model, tokens):
     """Answers so short that nobody runs when the next enter: they are launched behind the pass that is in flight."""
-    engine, events = small_engine(model, max_batch=4), []
-    prefill, harvest, choose = engine.runner.prefill, engine.scheduler._harvest, engine.scheduler._choose
-    engine.scheduler._choose = lambda: ([s.prepared.result() for s in engine.scheduler.waiting], choose())[1]
+    engine, events = all_prepared(small_engine(model, max_batch=4)), []
+    prefill, harvest = engine.runner.prefill, engine.scheduler._harvest
     engine.runner.prefill = lambda rows: events.append("enter") or prefill(rows)
     engine.scheduler._harvest = lambda: events.append("read") or harvest()
     requests = short_answers(8, tokens)
@@ -140,7 +140,7 @@ def test_nobody_is_waited_for_who_has_no_lane(model, monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_memory_that_is_short_behind_a_pass_in_flight_lowers_nothing(model, tokens):
     """Nobody runs, so there is nothing to run less of: the request enters when the pass has been read."""
-    engine = small_engine(model, max_batch=8, kv_bytes=2**22)
+    engine = all_prepared(small_engine(model, max_batch=8, kv_bytes=2**22))
     prefill, sizes, limits = engine.runner.prefill, [], engine.scheduler.limits
     limits.rows, limits.highest = 60, (8, 60)
 
