@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from vica.cli.talk import Talk
 from vica.model.plan import VARIANTS
 from vica.toy.model import save
 
+UTF_8 = {"PYTHONUTF8": "1"}
 GREEDY = dict(max_new_tokens=8, temperature=0.0, seed=0)
 
 
@@ -167,10 +169,12 @@ def test_bad_pictures(model, picture, tmp_path, capsys, name, content, message):
         (["--stop", ""], "stop is ['']"),
         (["--seed", str(2**70)], f"seed is {2**70}"),
         (["--config", "nowhere.json"], "config 'nowhere.json' is no file; configs/ holds"),
+        (["--config", "configs/zero2.json"], "names neither freeze_prefix nor t2v_layers"),
+        (["--stop", ".", "caf\udce9"], "the text is not UTF-8"),
     ],
 )
 def test_bad_options_are_one_line(model, capsys, arguments, message):
-    assert ask(model, *arguments, "What?") == 1
+    assert ask(model, *(arguments if len(arguments) % 2 else [*arguments, "What?"])) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -295,6 +299,13 @@ def test_an_answer_ends_with_the_models_positions(model, capsys):
         assert ask(model, "What?" + "?" * (2047 - taken), "--variant", variant) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != "\n"
+
+
+def test_bytes_of_another_encoding_do_not_end_the_talk(model):
+    program = [sys.executable, "-m", "vica.cli.main", "chat", "--model", model, "--max-new-tokens", "3"]
+    run = subprocess.run(program, input=b"caf\xe9?\nWhat?\n/exit\n", capture_output=True, env=os.environ | UTF_8)
+    assert run.returncode == 0 and run.stderr.count(b"\n") == 1 and b"the text is not UTF-8" in run.stderr
+    assert run.stdout.strip()
 
 
 def test_chat_as_a_program(model, picture):

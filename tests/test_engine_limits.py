@@ -24,7 +24,8 @@ from tests.engines import (
     watched,
     words,
 )  # fmt: skip
-from vica.engine import Request
+from vica.engine import Engine, Request
+from vica.errors import ViCAError
 
 GOOD = [[3, ("image", 1), 4], [5], [4, ("image", 0), ("image", 1), 2]]
 
@@ -250,6 +251,11 @@ def test_a_slow_image_keeps_nobody_waiting(model, want):
             answered.set()
     assert answered.is_set() and slow not in order[:12] and slow in order
     assert slow.result.tokens == alone(model, slow)
+
+
+def test_another_kind_of_model():
+    with pytest.raises(ViCAError, match="the engine runs a ViCAForConditionalGeneration, not a Linear"):
+        Engine(torch.nn.Linear(2, 2))
 
 
 def test_large_requests_wait_for_room_and_get_it(model):

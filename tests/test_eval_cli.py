@@ -1,11 +1,12 @@
 """`vica eval` as a user types it: exit codes, what it says, and whose answers it takes for the model's own."""
 
 import json
+import shutil
 
 import pytest
 
 from vica.cli.main import main
-from vica.eval.answers import held
+from vica.files import held
 from vica.toy.benchmarks import write
 from vica.toy.model import save
 
@@ -45,6 +46,51 @@ def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
     assert evaluate("pope", model, data, out) == 1
     picture.write_bytes(whole)
     assert evaluate("pope", model, data, out) == 0
+
+
+def test_questions_that_failed_count_as_wrong(model, tmp_path):
+    data = write_data(tmp_path / "data")
+    for path in data.rglob("*"):
+        if path.is_file() and path.suffix in (".jpg", ".png", ""):  # SEED-Bench names them without
+            path.write_bytes(b"no picture")
+    tasks = "vqav2 gqa textvqa pope mme seed"  # the others hold pictures in their tables, or questions without one
+    assert evaluate(tasks, model, data, tmp_path / "out", "--allow-errors") == 0
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]
+    assert [row["failed"] for row in rows] == [row["questions"] for row in rows]
+    assert [row["score"] for row in rows] == [0] * len(rows)
+
+
+def test_one_benchmark_more_joins_the_summary(model, data, tmp_path):
+    """Of the nine scripts each writes into the same folder. One asked again takes its row's place."""
+
+    def rows() -> list[tuple]:
+        told = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
+        return [(row["task"], row["questions"]) for row in told]
+
+    assert evaluate("pope", model, data, tmp_path, "--limit", 3) == 0
+    assert evaluate("mme", model, data, tmp_path, "--limit", 2) == 0
+    assert rows() == [("pope", 3), ("mme", 2)]
+    assert evaluate("pope", model, data, tmp_path, "--limit", 1, "--restart") == 0
+    assert rows() == [("pope", 1), ("mme", 2)]
+    assert evaluate("mme", model, data, tmp_path, "--limit", 2, "--restart", "--variant", "dense") == 0
+    assert rows() == [("mme", 2)], "another function's scores are no row beside these"
+
+
+def test_a_model_by_another_name_is_the_same(model, data, tmp_path, monkeypatch):
+    assert evaluate("pope", model, data, tmp_path, "--limit", 2) == 0
+    monkeypatch.chdir(model.parent)
+    assert evaluate("pope", f"{model.name}/", data, tmp_path, "--limit", 2) == 0
+
+
+def test_variants_answer_alike_whatever_the_generation_config_asks_for(model, data, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    asked = dict(num_beams=3, repetition_penalty=1.8, no_repeat_ngram_size=1, min_length=400, eos_token_id=2)
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(asked))
+    for variant in ("accel", "mask"):
+        flags = ("--variant", variant, "--max-new-tokens", 8, "--dtype", "float32", "--limit", 8)
+        assert evaluate("gqa", tmp_path / "model", data, tmp_path / variant, *flags) == 0
+    accel, mask = ((tmp_path / variant / "gqa/answers.jsonl").read_text() for variant in ("accel", "mask"))
+    assert accel == mask
 
 
 def test_questions_have_one_source(data, tmp_path, capsys):
@@ -96,7 +142,7 @@ def test_answers_of_another_run_are_found_before_the_benchmarks_ahead_of_them_ar
 
 
 def test_two_runs_at_once_do_not_share_a_folder(model, data, tmp_path, capsys):
-    with held(tmp_path / "mme"):
+    with held(tmp_path / "mme", "--out"):
         assert evaluate("pope mme", model, data, tmp_path) == 1
         assert f"{tmp_path / 'mme'} is being written by another run; --out FOLDER" in capsys.readouterr().err
         assert evaluate("pope mme", model, data, tmp_path, "--restart") == 1

@@ -11,7 +11,8 @@ import pytest
 from tests.evaluation import model_and_data
 from tests.forks import start
 from vica.cli.main import main
-from vica.eval.answers import FINAL, PARTS, held
+from vica.eval.answers import FINAL, PARTS
+from vica.files import held
 
 TASKS = ("pope", "mme")
 
@@ -114,22 +115,22 @@ def late_in_the_first() -> None:
     import os
     import time
 
-    import vica.eval.answers as answers
+    import vica.files as files
 
     if os.environ["RANK"] == "0":
-        folder_of_its_own = answers.held
+        folder_of_its_own = files.held
 
-        def held_late(folder):
+        def held_late(folder, mend):
             time.sleep(1)
-            return folder_of_its_own(folder)
+            return folder_of_its_own(folder, mend)
 
-        answers.held = held_late
+        files.held = held_late
 
 
 def test_a_restart_beside_another_run_drops_nothing_of_it(ground, tmp_path):
     """The process that finds it out may be the last to get there."""
     part = tmp_path / "out" / TASKS[0] / PARTS.replace("*", "0000")
-    with held(part.parent):
+    with held(part.parent, "--out"):
         part.write_text("{}\n")
         argv = [*command(ground, tmp_path / "out"), "--restart"]
         run = start(argv, tmp_path / "out.log", 2, sabotage=late_in_the_first, program=main)

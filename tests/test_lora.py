@@ -104,6 +104,22 @@ def test_merged_into_a_checkpoint(root, adapters, tmp_path):
     assert_close(got, logits(model, vica.load(first, device="cpu")[1], root), 1e-5)
 
 
+def test_a_frozen_projector_goes_with_the_adapters(root, adapters, tmp_path):
+    """Which of the base's and stage 1's was seen is nowhere else."""
+    first = tmp_path / "first"
+    assert main(arguments(root, first, stage="pretrain", learning_rate=0.1)) == 0
+    frozen = dict(pretrain_mm_mlp_adapter=first, freeze_mm_mlp_adapter=True)
+    model = train_adapters(root, tmp_path / "lora", **frozen)
+    processor = vica.load(adapters_base(root, adapters, tmp_path), device="cpu")[1]
+    assert_close(merged_logits(tmp_path / "lora", tmp_path / "merged", root), logits(model, processor, root))
+
+
+def adapters_base(root: Path, adapters, tmp_path) -> Path:
+    """Any whole model of the same tokens."""
+    assert program(["convert", str(adapters[0]), str(tmp_path / "whole"), "--to", "vica"]) == 0
+    return tmp_path / "whole"
+
+
 def test_biases_learn_where_asked(root, tmp_path):
     model = train_adapters(root, tmp_path / "lora", lora_bias="all")
     others = torch.load(tmp_path / "lora/non_lora_trainables.bin", weights_only=True)

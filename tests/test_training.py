@@ -14,6 +14,7 @@ from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, argum
 from vica.cli.main import main as program
 from vica.data.collate import Collator
 from vica.data.training import Example
+from vica.files import held
 from vica.model import decoder, llama_accel
 from vica.toy.write import write
 from vica.train import run
@@ -362,6 +363,17 @@ def test_broken_samples_are_left_out(root, tmp_path, broken, capsys):
     assert losses(folder).count(0) == 2
 
 
+def test_samples_that_were_repaired_count_no_longer(root, tmp_path, broken, capsys):
+    flags = dict(data_path=broken, max_broken_share=0.2, max_steps=8)
+    assert main(arguments(root, tmp_path / "out", **flags)) == 1
+    samples = json.loads(broken.read_text())
+    samples[3]["image"] = samples[2]["image"]
+    broken.write_text(json.dumps(samples))
+    trained(root, tmp_path / "out", **flags)
+    (line,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "train-000006" and "1 samples were left out" in capsys.readouterr().out
+
+
 def test_too_many_broken_samples(root, tmp_path, broken, capsys):
     assert main(arguments(root, tmp_path / "out", data_path=broken, max_broken_share=0.2, max_steps=8)) == 1
     assert "2 of 8 samples are broken, more than the 20.00% allowed" in capsys.readouterr().err
@@ -396,6 +408,17 @@ def test_too_many_broken_samples(root, tmp_path, broken, capsys):
         (dict(dataloader_num_workers=-1), "--dataloader_num_workers is -1; it must be 0 at least"),
         (dict(learning_rate=-1), "--learning_rate is -1.0; it must be 0 at least"),
         (dict(seed=-1), "--seed is -1; it must be 0 at least"),
+        (dict(learning_rate="nan"), "--learning_rate is nan; it must be 0 at least"),
+        (dict(mm_projector_lr=-1), "--mm_projector_lr is -1.0; it must be 0 at least"),
+        (
+            dict(label_smoothing_factor=0.1),
+            "--label_smoothing_factor is not supported: the loss is made",
+        ),
+        (dict(neftune_noise_alpha=5), "--neftune_noise_alpha is not supported: rows are packed"),
+        (dict(fp16=True), "--fp16 needs a GPU"),
+        (dict(adam_beta1=2), "Invalid beta parameter"),
+        (dict(lr_scheduler_type="cosine_with_min_lr"), "min_lr"),
+        (dict(dataloader_drop_last=True, per_device_train_batch_size=512), "no step was taken"),
     ],
 )
 def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
@@ -425,6 +448,74 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys,
     assert main(arguments(root, tmp_path, **now, **saving)) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"vica train: {tmp_path}/checkpoint-1 is of another run: ") and said in line
+
+
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        (dict(), dict(mm_projector_lr=1e-4), "a rate of the projector's own False, now True"),
+        (dict(), dict(freeze_backbone=True), "what learns ['projector', 'language model'], now ['projector']"),
+        (dict(), dict(optim="sgd"), "optim 'adamw_torch', now 'sgd'"),
+        (dict(lora_enable=True), dict(lora_enable=True, lora_alpha=1024), "lora_alpha 16, now 1024"),
+    ],
+)
+def test_an_optimizers_state_of_other_settings_is_not_gone_on_with(root, tmp_path, capsys, before, now, said):
+    if "lora_enable" in before:
+        pytest.importorskip("peft")
+    saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    trained(root, tmp_path, **before, **saving)
+    capsys.readouterr()
+    assert main(arguments(root, tmp_path, **now, **saving)) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"vica train: {tmp_path}/checkpoint-1 is of another run: ") and said in line
+
+
+def test_an_output_that_holds_another_kind_of_model(root, tmp_path, capsys):
+    """What stays there would be read in place of what this run writes."""
+    pytest.importorskip("peft")
+    whole, adapters = trained(root, tmp_path / "whole"), trained(root, tmp_path / "adapters", lora_enable=True)
+    for folder, flags, said in (
+        (adapters, dict(), "holds adapters already"),
+        (whole, dict(lora_enable=True), "holds a whole model already"),
+        (whole, dict(stage="pretrain"), "holds a whole model already"),
+        (whole, dict(model_name_or_path=whole), "is the model that training starts from"),
+    ):
+        capsys.readouterr()
+        assert main(arguments(root, folder, **flags)) == 1
+        assert said in capsys.readouterr().err
+    trained(root, whole)  # again is no other kind
+
+
+def test_shards_of_an_earlier_model_do_not_outlive_it(root, tmp_path):
+    folder = trained(root, tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    weights = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    (folder / "notes.bin").touch()
+    trained(root, tmp_path, learning_rate=0.1)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"model.safetensors", "notes.bin"} and not any("-of-" in name or "index" in name for name in names)
+
+
+def test_two_runs_at_once_do_not_share_an_output(root, tmp_path, capsys):
+    with held(tmp_path, "another"):
+        assert main(arguments(root, tmp_path)) == 1
+    assert f"{tmp_path} is being written by another run; give this one another" in capsys.readouterr().err
+    trained(root, tmp_path)
+
+
+def test_a_multimodal_checkpoint_sees_as_it_was_trained(root, tmp_path, capsys):
+    model = trained(root, tmp_path / "model")
+    for name, value in (("mm_projector_type", "linear"), ("mm_vision_select_layer", -1)):
+        assert main(arguments(root, tmp_path / "more", model_name_or_path=model, **{name: value})) == 1
+        assert f"--{name} is {value!r}, but {model} was trained with " in capsys.readouterr().err
+    trained(root, tmp_path / "more", model_name_or_path=model, mm_projector_type="mlp2x_gelu")
+
+
+def test_no_warmup_is_none(root, tmp_path):
+    folder = trained(root, tmp_path, warmup_steps=0, lr_scheduler_type="constant_with_warmup")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [1e-3, 1e-3]
 
 
 def test_a_run_that_goes_on_says_so(root, tmp_path, capsys):

@@ -356,3 +356,16 @@ def test_check(tmp_path, folder, capsys):
     positions = next(line for line in captured.out.splitlines() if line.startswith("positions"))
     longest = int(positions.rsplit(" ", 1)[1].replace(",", ""))
     assert 2 * 576 < longest < 2 * 576 + 120
+    assert "too long      0 for --model-max-length 2,048" in captured.out
+    assert main([*command, "--model", str(tmp_path / "toy"), "--model-max-length", "1000"]) == 1
+    assert "too long      2 for --model-max-length 1,000" in capsys.readouterr().out
+
+
+def test_check_finds_what_training_would_leave_out(tmp_path, folder, capsys):
+    """An image that can be read, but not padded to a square; and half a character, which cannot be printed."""
+    Image.new("RGB", (20000, 1)).save(folder / "long.png")
+    data = write(tmp_path / "a.json", [{**RECORDS[2], "id": "sur\ud800", "image": "long.png"}])
+    save(tmp_path / "toy")
+    command = ["data", "check", str(data), "--image-folder", str(folder), "--workers", "0"]
+    assert main([*command, "--model", str(tmp_path / "toy")]) == 1
+    assert "broken: sur\\ud800: an image of 20000x1 is too long to be padded" in capsys.readouterr().out

@@ -260,3 +260,15 @@ def test_a_batch_whose_samples_are_all_broken_costs_nothing(ground, tmp_path):
     settings = {**PLAIN, "data_path": ground / "mixed.json", "max_steps": 21}  # an epoch of batches of one
     start(command(ground, tmp_path / "out", batch=1, **settings), tmp_path / "log").finish()
     assert [loss > 0 for loss in sorted(losses(tmp_path / "out").values())] == [False] + [True] * 20
+
+
+@pytest.mark.slow
+def test_what_zero_saved_is_not_gone_on_from_by_other_means(ground, tmp_path):
+    """One process without DeepSpeed would find no optimizer there that it can read, and begin with a new one."""
+    settings = STAGE_2 | {"max_steps": 2, "save_steps": 1}
+    run_both(ground, tmp_path / "out", "zero2", batch=4, **settings).finish()
+    run = start(command(ground, tmp_path / "out", batch=8, **settings), tmp_path / "log")
+    run.ranks[0].join(60)
+    assert run.ranks[0].exitcode == 1
+    said = (tmp_path / "log").read_text()
+    assert "is of another run: engine 'DeepSpeed ZeRO-2', now 'none'; processes 2, now None" in said

@@ -133,6 +133,8 @@ def test_python_without_torch(tmp_path, python, reason):
     [
         ("pretrain.sh", dict(MODEL="9b"), "MODEL is '9b': there is no configs/vica-llava-1.5-9b.json"),
         ("pretrain.sh", dict(GLOBAL_BATCH=5, BATCH=2, GPUS=1), "GLOBAL_BATCH=5 is no multiple of BATCH=2"),
+        ("pretrain.sh", dict(GPUS="x"), "GPUS is 'x'; it must be a whole number from 1"),
+        ("finetune.sh", dict(BATCH=0), "BATCH is '0'; it must be a whole number from 1"),
         ("finetune_task.sh", dict(), "DATA: names the samples"),
     ],
 )

@@ -1,6 +1,7 @@
 """The stock tools work on what we save: AutoProcessor, the pipeline, transformers' own LLaVA after conversion."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_auto_classes(folder, picture):
         dict(do_sample=True, num_return_sequences=3),
         dict(num_beams=2, num_return_sequences=2),
         dict(stop_strings=[";"]),
+        dict(stop_strings=["What is in the picture that was there?"]),  # longer than what follows the picture
     ],
     ids=str,
 )
@@ -91,6 +93,26 @@ def test_every_way_to_generate(folder, picture, options):
     if options.get("use_cache") is False:
         cached = model.generate(**inputs, max_new_tokens=5, pad_token_id=3, do_sample=False)
         assert torch.equal(results[0], cached)
+
+
+def test_assisted_generation_is_refused_before_anything_runs(folder, picture):
+    model, processor = vica.load(folder, device="cpu")
+    with pytest.raises(vica.ViCAError, match="assisted generation .* is not supported"):
+        model.generate(**processor.ask(QUESTION, [picture]), prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("to", ["llava", "hf", "vica"])
+def test_vicunas_generation_config_is_kept(folder, tmp_path, to):
+    """It names a temperature without do_sample, which transformers does not write anew."""
+    settings = dict(_from_model_config=True, eos_token_id=2, max_length=4096, temperature=0.9, top_p=0.6)
+    shutil.copytree(folder, tmp_path / "source")
+    (tmp_path / "source/generation_config.json").write_text(json.dumps(settings | {"transformers_version": "4.31.0"}))
+    vica.loading.convert(tmp_path / "source", tmp_path / "out", to)
+    model, _ = vica.load(tmp_path / "source", device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    assert settings.items() <= json.loads((tmp_path / "out/generation_config.json").read_text()).items()
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text())["max_length"] == 4096
+    assert model.generation_config.temperature == 0.9
 
 
 def test_converted_to_hf_it_is_transformers_llava(folder, picture, tmp_path):

@@ -36,7 +36,7 @@ def load(
     recipe: str | os.PathLike | None = None,
     **kwargs,
 ) -> tuple[ViCAForConditionalGeneration, ViCAProcessor | None]:
-    """Layers: `t2v_layers`, then T2V_LAYERS, then `recipe` (a file of configs/), then the checkpoint.
+    """Layers: `t2v_layers`, then `recipe` (a file of configs/), then T2V_LAYERS, then the checkpoint.
     `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
     device, dtype = check_device(device), check_dtype(dtype)

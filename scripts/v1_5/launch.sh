@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the training scripts: `launch FLAGS` starts vica.train on all GPUs of this machine, or of several.
+# Relative paths, also those in flags, begin at the repository.
 #
 #   MODEL=3b|7b|13b      picks configs/vica-llava-1.5-$MODEL.json: backbone, tower, layers, prefix rule
 #   CONFIG=FILE          another file of that kind; none at all where it is set and empty
@@ -32,7 +33,18 @@ count_slots() { # of HOSTFILE; GLOBAL_BATCH is that of all machines
     echo $((slots))
 }
 
+check_counts() {
+    local name
+    for name in GPUS NNODES BATCH GLOBAL_BATCH; do
+        if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
+            echo "$name is '${!name}'; it must be a whole number from 1" >&2
+            return 1
+        fi
+    done
+}
+
 launch() {
+    check_counts || return 1
     local found nodes="${NNODES:-1}" flags=() starter=()
     if ! found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)"; then
         found="$("$PYTHON" -c 'import torch' 2>&1 || true)"

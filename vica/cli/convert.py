@@ -2,6 +2,7 @@
 
 from ..loading import LAYOUTS, convert
 from ..model.checkpoint import SHARD_SIZE
+from ..program import quiet_transformers
 from . import common
 
 
@@ -17,5 +18,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
+    quiet_transformers()
     folder = convert(args.source, args.target, args.to, args.base, args.max_shard_size, **common.wiring(args))
     print(f"wrote {folder}")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..data.check import Check, Summary
 from ..data.conversation import get_template
@@ -31,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--image-folder", metavar="D", help="where the images lie that records name")
     verb.add_argument("--model", metavar="M", help="tokenize as this model does; without it texts are only read")
     verb.add_argument("--template", default="v1", metavar="NAME", help="prompt template to tokenize with (v1)")
+    limit = f"of training, beyond which a sample is cut {common.DEFAULT}"
+    verb.add_argument("--model-max-length", type=int, default=2048, metavar="N", help=limit)
     workers = min(8, os.cpu_count() or 1)
     verb.add_argument("--workers", type=int, default=workers, metavar="N", help=f"processes {common.DEFAULT}")
     verb.add_argument("--report", metavar="FILE", help="write all broken samples here, one JSON line each")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     summary = Summary()
     for found in tqdm(check.findings(args.workers), total=len(check), unit=" samples"):
         summary.add(found)
-    print("\n".join(f"{name:<14}{value}" for name, value in describe(summary, processor)))
+    print("\n".join(f"{name:<14}{value}" for name, value in describe(summary, args.model_max_length)))
     tell_broken(summary, args.report)
 
 
@@ -62,7 +63,7 @@ def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     return processor, visual_tokens(config) or 1
 
 
-def describe(summary: Summary, processor: ViCAProcessor | None) -> Iterator[tuple[str, str]]:
+def describe(summary: Summary, limit: int) -> Iterator[tuple[str, str]]:
     twice = sum(times > 1 for times in summary.ids.values())
     sound = summary.samples - len(summary.broken)
     text_only = sound - summary.with_image
@@ -70,24 +71,28 @@ def describe(summary: Summary, processor: ViCAProcessor | None) -> Iterator[tupl
     yield "with image", f"{summary.with_image:,} with {summary.images:,} images, {text_only:,} text only"
     yield "turns", f"{summary.turns:,}"
     yield "ids", f"{len(summary.ids):,}, {twice:,} of them more than once"
-    if processor is None or not sound:
+    if not sound or not any(summary.lengths):
         return
-    lengths, limit = sorted(summary.lengths), processor.tokenizer.model_max_length
+    lengths = sorted(summary.lengths)
     shares = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     spread = [f"{name} {lengths[int(share * (sound - 1))]:,}" for name, share in shares.items()]
     yield "positions", f"{sum(lengths):,}: " + ", ".join(spread)
     yield "learned", f"{summary.learned:,} tokens"
-    if limit < VERY_LARGE_INTEGER:  # transformers' word for no limit
-        cut = sum(length > limit for length in lengths)
-        yield "too long", f"{cut:,} for the tokenizer's {limit:,}: cut in training"
+    cut = sum(length > limit for length in lengths)
+    yield "too long", f"{cut:,} for --model-max-length {limit:,}: cut in training"
 
 
 def tell_broken(summary: Summary, report: str | None) -> None:
     for broken in summary.broken[:SHOWN]:
-        print(f"broken: {broken.id}: {broken.reason}")
+        print(printable(f"broken: {broken.id}: {broken.reason}"))
     if report:
         lines = [json.dumps({"id": broken.id, "reason": broken.reason}) + "\n" for broken in summary.broken]
         Path(report).write_text("".join(lines))
     if summary.broken:
         more = "" if report or len(summary.broken) <= SHOWN else "; --report FILE lists all"
         raise ViCAError(f"{len(summary.broken)} of {summary.samples} samples are broken{more}")
+
+
+def printable(text: str) -> str:
+    """JSON may hold half a character, which no terminal takes."""
+    return text.encode(errors="backslashreplace").decode()

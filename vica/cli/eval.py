@@ -56,10 +56,10 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     from ..eval import report
     from ..eval.answering import answerer
-    from ..eval.answers import held
     from ..eval.ranks import all_ranks
     from ..eval.run import check_folder, read_questions, run_task
     from ..eval.tasks import choose
+    from ..files import held
 
     tasks = choose(args.task)
     for name in ("limit", "max_new_tokens", "max_batch"):
@@ -79,7 +79,7 @@ def run(args) -> None:
         for task in tasks if ranks.first and not args.restart else ():
             check_folder(task, questions[task.name], out / task.name, about)
         for task in tasks if ranks.first else ():
-            folders.enter_context(held(out / task.name))
+            folders.enter_context(held(out / task.name, "--out FOLDER keeps them apart"))
         ranks.wait()  # the others drop and write nothing in folders that the first has not got
         answer, outcomes = answerer(model, processor, args.max_batch), []
         for task in tasks:
@@ -91,9 +91,9 @@ def run(args) -> None:
                 outcomes.append(outcome)
     if not outcomes:
         return  # another process than the first
-    summary = report.summarise(
-        outcomes, dict(about, baseline=args.baseline and str(args.baseline)), model.config, baseline
-    )
+    about["baseline"] = args.baseline and str(args.baseline)
+    summary = report.summarise(outcomes, about, model.config, baseline)
+    summary["benchmarks"] = report.with_earlier(summary["benchmarks"], out / "summary.json", about)
     print("\n" + table([report.HEADING, *report.cells(summary)]))
     print(*report.save(summary, out))
     if failed := [f"{o.task.name} {len(o.failed)}" for o in outcomes if o.failed and not args.allow_errors]:
@@ -108,7 +108,7 @@ def settings(args, model, processor: ViCAProcessor) -> dict:
 
     config = model.config
     return dict(
-        model=args.model,
+        model=os.path.abspath(args.model) if os.path.isdir(args.model) else args.model,
         weights=sample(list(model.parameters())),  # a folder's may be trained on, or another model's
         variant=config.variant,
         t2v_layers=config.t2v_layers,

@@ -8,6 +8,7 @@ from ..data.tokenizer import IMAGE_MARK
 from ..engine import Engine, Request
 from ..engine.text import TextStream
 from ..errors import ViCAError
+from ..model.generation import PLAIN
 from ..model.sizes import room_for_answer
 
 
@@ -63,7 +64,7 @@ class Talk:
             pixel_values=None if pixels is None else pixels.to(ids.device),
             max_new_tokens=min(request.max_new_tokens, room),
             do_sample=request.temperature > 0,
-            num_beams=1,
+            **PLAIN,
             stopping_criteria=[after_each_token],
             **(sampling if request.temperature > 0 else dict.fromkeys(sampling)),
         )

@@ -78,13 +78,17 @@ class Check(Dataset):
             check_record(record)
             if self.processor is not None:
                 ids, labels = encode(record["conversations"], self.processor, self.template)
-            for image in images_of(record):
-                load_image(image_source(image, self.image_folder))
+            images = [image_source(image, self.image_folder) for image in images_of(record)]
+            if self.processor is None:
+                for image in images:
+                    load_image(image)
+            elif images:
+                self.processor.process_images(images)
         except ViCAError as error:
             return Finding(name, reason=str(error))
-        turns, images = len(record["conversations"]), len(images_of(record))
-        positions = len(ids) + images * (self.visual_tokens - 1)
-        return Finding(name, turns, images, positions, learned=sum(label != IGNORE for label in labels))
+        positions = len(ids) + len(images) * (self.visual_tokens - 1)
+        learned = sum(label != IGNORE for label in labels)
+        return Finding(name, len(record["conversations"]), len(images), positions, learned)
 
     def findings(self, workers: int) -> Iterator[Finding]:
         for some in DataLoader(self, batch_size=_AT_ONCE, num_workers=workers, collate_fn=list):

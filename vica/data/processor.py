@@ -303,8 +303,8 @@ def _as_prompts(text) -> list[str]:
 
 
 def _truncate(row: list[int], max_length: int | None, image_token_index: int) -> list[int]:
-    if max_length is None:
-        raise ViCAError("truncation=True needs max_length")
+    if max_length is None or max_length < 1:
+        raise ViCAError(f"truncation=True needs max_length from 1, got {max_length}")
     if image_token_index in row[max_length:]:
         raise ViCAError(f"max_length={max_length} would cut an image away from a prompt of {len(row)} tokens")
     return row[:max_length]

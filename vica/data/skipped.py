@@ -3,9 +3,10 @@
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 from ..errors import ViCAError
-from .training import Broken
+from .training import Broken, TrainingSet
 
 _ENOUGH = 1000  # samples seen before a share of them says anything
 
@@ -30,6 +31,7 @@ class Skipped:
 
     @property
     def count(self) -> int:
+        self._catch_up()
         return len(self._known)
 
     def saw(self, samples: int) -> None:
@@ -40,11 +42,10 @@ class Skipped:
         self.own += 1
         self._catch_up()
         if broken not in self._known:
-            line = json.dumps({name: value for name, value in asdict(broken).items() if value is not None}) + "\n"
             # One write to a file opened for appending: lines of several ranks do not mix.
             report = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(report, line.encode())
+                os.write(report, _line(broken).encode())
             finally:
                 os.close(report)
             self._known.add(broken)
@@ -69,6 +70,22 @@ class Skipped:
                 f"{count} of {of} samples are broken, more than the {self.limit_share:.2%} allowed; "
                 f"all are listed in {self.file}; the last: {last.id}: {last.reason}"
             )
+
+
+def forget_repaired(file: str | os.PathLike, data: TrainingSet) -> None:
+    """Before a run starts again: of what the report lists, leaves what is broken still."""
+    path = Path(file)
+    if not path.exists():
+        return
+    listed = {_parse(os.fspath(file), line).record for line in path.read_bytes().splitlines(keepends=True)}
+    again = [data[place] for place in range(len(data)) if data.samples.name(place) in listed]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(_line(item) for item in again if isinstance(item, Broken)))
+    partial.replace(path)
+
+
+def _line(broken: Broken) -> str:
+    return json.dumps({name: value for name, value in asdict(broken).items() if value is not None}) + "\n"
 
 
 def _parse(file: str, line: bytes) -> Broken:

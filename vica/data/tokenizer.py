@@ -12,6 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..errors import ViCAError
+
 IMAGE_MARK = "<image>"
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are what their tokenizer.json says
 _SPACE = "\u2581"  # sentencepiece's visible space
@@ -22,6 +24,10 @@ def tokenize_prompt(
 ) -> list[int]:
     """LLaVA's way: each piece between images is tokenized on its own, so every piece gets its prefix space; one BOS in
     front where the tokenizer writes one."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes of another encoding
+        raise ViCAError("the text is not UTF-8") from error
     ids = tokenizer("").input_ids[:1] if add_special_tokens else []
     if ids != [tokenizer.bos_token_id]:
         ids = []

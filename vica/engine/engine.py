@@ -21,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from ..errors import ViCAError
+from ..model.generation import PLAIN
+from ..model.llava import ViCAForConditionalGeneration
 from ..model.sizes import visual_tokens
 from .budget import Budget
 from .hashing import fingerprint
@@ -57,6 +59,8 @@ class Engine:
         cuda_graphs: bool = True,
         workers: int | None = None,
     ):
+        if not isinstance(model, ViCAForConditionalGeneration):
+            raise ViCAError(f"the engine runs a ViCAForConditionalGeneration, not a {type(model).__name__}")
         if model.config.variant not in ("accel", "dense"):
             raise ViCAError(f"the engine runs variants accel and dense, not {model.config.variant!r}")
         self.model, self.processor, self.config = model.eval(), processor, model.config
@@ -193,7 +197,7 @@ def deliver(sequence: Sequence, result: Result | None) -> None:
 
 def warn_of_ignored(generation_config) -> None:
     """Settings that a checkpoint may bring and `generate` would obey."""
-    harmless = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "bad_words_ids": None}
+    harmless = PLAIN | {"bad_words_ids": None}
     given = {name: getattr(generation_config, name, None) for name in harmless}
     if ignored := [f"{name}={given[name]}" for name in harmless if given[name] not in (None, harmless[name])]:
         log.warning("the engine does not apply %s of the checkpoint's generation_config", ", ".join(ignored))

@@ -7,6 +7,7 @@ import torch
 from ..data.images import load_image
 from ..engine import Engine, Request
 from ..errors import ViCAError
+from ..model.generation import PLAIN
 from ..model.sizes import room_for_answer
 from .task import Question, StoredImage
 
@@ -49,7 +50,7 @@ def by_model(model, processor, questions: Iterable[Question], tokens: int) -> It
             yield question, None, " ".join(str(error).split()) or type(error).__name__
             continue
         with torch.inference_mode():
-            ids = model.generate(**inputs.to(model.device), max_new_tokens=min(tokens, room), do_sample=False)
+            ids = model.generate(**inputs.to(model.device), max_new_tokens=min(tokens, room), do_sample=False, **PLAIN)
         yield question, processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), None
 
 

@@ -1,14 +1,11 @@
 """Answers on disk: each process appends its own to a part as they come, and a run that was killed goes on from the
 parts. In the end they become one file, in the order of the questions, that does not tell how it came about."""
 
-import fcntl
 import json
 import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from warnings import warn
 
 from ..errors import ViCAError
 from .task import Question, listed
@@ -20,24 +17,6 @@ def record(question: Question, text: str | None, error: str | None = None) -> di
     """A line of the file, with LLaVA's key names; `error` in place of a text where there is none."""
     told = {"text": text} if error is None else {"error": error}
     return {"question_id": question.id, "prompt": question.prompt, **told}
-
-
-@contextmanager
-def held(folder: Path):
-    """Keeps another run out, which would append to the same parts and drop them under this one. A killed run holds
-    nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ViCAError(f"{folder} is being written by another run; --out FOLDER keeps them apart") from error
-        except OSError as error:
-            warn(f"{folder} cannot be held against other runs: {error.strerror}", stacklevel=2)  # some network folders
-        yield
-    finally:
-        os.close(handle)
 
 
 class AnswerFiles:

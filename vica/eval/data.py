@@ -21,8 +21,9 @@ def need(path: Path, get: str) -> Path:
 
 
 def read_json(path: Path, get: str):
+    content = need(path, get).read_bytes()
     try:
-        return json.loads(need(path, get).read_text(encoding="utf-8"))
+        return json.loads(content)
     except ValueError as error:
         raise ViCAError(f"{path} is no JSON: {error}") from error
 

@@ -48,6 +48,11 @@ def read_hub(split: str) -> list[Question]:
     ]
 
 
+def wrong(question: Question) -> str:
+    """Not an empty answer, which counts as yes."""
+    return "yes" if question.gold["answer"] == "no" else "no"
+
+
 def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     figures: dict[str, dict] = {}
@@ -89,4 +94,4 @@ def _asked(image: str, text: str) -> tuple[str, str]:
     return image, thing[1] if thing else text.removesuffix(SHORT_ANSWER)
 
 
-TASK = Task("pope", "POPE", "pope", ("test",), 128, read, read_hub, score)
+TASK = Task("pope", "POPE", "pope", ("test",), 128, read, read_hub, score, wrong=wrong)

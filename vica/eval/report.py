@@ -12,6 +12,7 @@ from ..model.flops import visual_flops
 from ..model.sizes import visual_tokens
 from .answers import write_whole
 from .run import Outcome
+from .tasks import TASKS
 
 HEADING = ("benchmark", "metric", "score", "of baseline", "visual GFLOPs", "questions", "questions/s")
 
@@ -38,6 +39,20 @@ def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline
             )
         )
     return dict(about, benchmarks=rows)
+
+
+def with_earlier(rows: list[dict], path: Path, about: dict) -> list[dict]:
+    """With those that an earlier summary of the same model and settings has of other benchmarks."""
+    try:
+        held = json.loads(path.read_bytes())
+        earlier = held.pop("benchmarks") if path.exists() else []
+        known = {row["task"]: row for row in earlier}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or another program's
+        return rows
+    if held != about:
+        return rows
+    known |= {row["task"]: row for row in rows}
+    return [known[name] for name in sorted(known, key=list(TASKS).index)]
 
 
 def read_baseline(path: Path, counts: dict[str, int]) -> dict[str, float | None]:

@@ -116,7 +116,8 @@ def judge(
     failed = {id: line["error"] for id, line in lines.items() if "error" in line}
     score = submission = None
     if not failed or allow_errors:
-        answers = {id: line.get("text", "") for id, line in lines.items()}
+        wrong = {question.id: task.wrong(question) for question in questions if question.id in failed}
+        answers = {id: wrong.get(id, line.get("text")) for id, line in lines.items()}
         check_answers(questions, answers)
         score = task.score(questions, answers)
         submission = task.submit(questions, answers, folder) if task.submit else None

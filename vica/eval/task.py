@@ -60,6 +60,7 @@ class Task:
     read_hub: Callable[[str], list[Question]]
     score: Callable[[Sequence[Question], Answers], Score]
     submit: Callable[[Sequence[Question], Answers, Path], Path] | None = None
+    wrong: Callable[[Question], str] = lambda question: ""  # what stands for the answer of a question that failed
 
     def check_split(self, split: str | None) -> str:
         if split is not None and split not in self.splits:

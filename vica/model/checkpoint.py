@@ -4,6 +4,7 @@ Everything is checked before a model is built: every key of the files must be us
 filled, else one error lists the names. `.bin` files are read as weights only, so a pickle with code in it is refused.
 """
 
+import copy
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 NON_LORA_FILE = "non_lora_trainables.bin"  # what else learned beside adapters, LLaVA's name
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")  # model types of a plain one's config.json
 SHARD_SIZE = "5GB"
+RECIPE = {"t2v_layers", "freeze_prefix"}  # of which a file of configs/ names one at least
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -79,7 +81,10 @@ def read_recipe(path: str | os.PathLike) -> dict:
     """A file of configs/."""
     if not Path(path).is_file():
         raise ViCAError(f"config {str(path)!r} is no file; configs/ holds those of the published models")
-    return read_json(Path(path))
+    recipe = read_json(Path(path))
+    if not RECIPE.intersection(recipe):
+        raise ViCAError(f"config {str(path)!r} is none of a model: it names neither {' nor '.join(sorted(RECIPE))}")
+    return recipe
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -299,7 +304,17 @@ def generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
+    settings = read_json(file)
     try:
-        return GenerationConfig.from_dict(read_json(file))
+        return GenerationConfig.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise ViCAError(f"{file} is no generation config: {' '.join(str(error).split())}") from error
+
+
+def savable(generation: GenerationConfig) -> GenerationConfig:
+    """transformers refuses to write what greedy decoding does not use, such as Vicuna's temperature."""
+    if generation.do_sample:
+        return generation
+    greedy = copy.deepcopy(generation)
+    greedy.temperature = greedy.top_p = greedy.top_k = None
+    return greedy

@@ -45,8 +45,8 @@ def write_all(partial: Path, source: Path, config, weights: dict, to: str, proce
         vocabulary = source / "tokenizer.model"  # LLaVA's loader reads nothing else, and LlavaProcessor leaves it out
         if vocabulary.is_file() and not (partial / vocabulary.name).exists():
             shutil.copyfile(vocabulary, partial / vocabulary.name)
-    if (generation := checkpoint.generation_config(source)) is not None:
-        generation.save_pretrained(partial)
+    if checkpoint.generation_config(source) is not None:
+        shutil.copyfile(source / "generation_config.json", partial / "generation_config.json")
 
 
 def write_layout(

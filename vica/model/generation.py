@@ -2,16 +2,27 @@
 
 import torch
 from transformers import GenerationMixin
-from transformers.generation import LogitsProcessorList
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from ..errors import ViCAError
 from .cache import ViCACache
 from .tokens import check_image_count
 
+# What a checkpoint's generation_config may ask for beside sampling, with the values that ask for nothing.
+PLAIN = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
+
 
 class ViCAGeneration(GenerationMixin):
     def generate(self, *args, streamer=None, **kwargs):
         """transformers' own."""
+        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+            raise ViCAError("assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported")
         if streamer is not None:
             kwargs["streamer"] = TextOnlyStreamer(streamer)
         return super().generate(*args, **kwargs)
@@ -66,11 +77,24 @@ class ViCAGeneration(GenerationMixin):
         """Processors such as the repetition penalty index the vocabulary by input_ids; a placeholder is not in it."""
         return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
 
+    def _get_stopping_criteria(self, *args, **kwargs):
+        """Stop strings embed the last ids."""
+        return TextOnlyCriteria(super()._get_stopping_criteria(*args, **kwargs))
+
 
 class TextOnlyProcessors(LogitsProcessorList):
     def __call__(self, input_ids, scores, **kwargs):
-        first_text = input_ids.gather(1, (input_ids >= 0).int().argmax(1, keepdim=True))
-        return super().__call__(torch.where(input_ids < 0, first_text, input_ids), scores, **kwargs)
+        return super().__call__(text_only(input_ids), scores, **kwargs)
+
+
+class TextOnlyCriteria(StoppingCriteriaList):
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(text_only(input_ids), scores, **kwargs)
+
+
+def text_only(ids: torch.Tensor) -> torch.Tensor:
+    """With the row's first token of text in place of placeholders."""
+    return torch.where(ids < 0, ids.gather(1, (ids >= 0).int().argmax(1, keepdim=True)), ids)
 
 
 class TextOnlyStreamer:

@@ -78,7 +78,11 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
 
     def save_pretrained(self, save_directory, *args, max_shard_size=checkpoint.SHARD_SIZE, **kwargs):
         """Our layout: LLaVA's names and flat config.json, with the wiring and the tower inside."""
-        return super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
+        kept, self.generation_config = self.generation_config, checkpoint.savable(self.generation_config)
+        try:
+            return super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
+        finally:
+            self.generation_config = kept
 
     def load_projector(self, path) -> None:
         checkpoint.load_projector(self, path)

@@ -20,7 +20,16 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
+    "mm_projector_lr": 0,
     "seed": 0,
+}
+# Of transformers' flags those that this model or its batches cannot follow, and why.
+FOREIGN = {
+    "label_smoothing_factor": "the loss is made without logits",
+    "neftune_noise_alpha": "rows are packed",
+    "torch_compile": "the batch's layout is planned on the host",
+    "use_liger_kernel": "the decoder is our own",
+    "eval_on_start": "there is no evaluation while training",
 }
 
 
@@ -34,10 +43,10 @@ class ModelArguments:
         None, "language model to start from (stage 1, or LLaVA-style stage 2), or a multimodal checkpoint"
     )
     version: str = option("v1", "conversation template: plain, v1, llama_2, mistral")
-    vision_tower: str | None = option(None, "folder or repository of the tower")
-    mm_projector_type: str = option("mlp2x_gelu", "linear, mlp2x_gelu or identity")
-    mm_vision_select_layer: int = option(-2, "hidden state of the tower that is projected")
-    mm_vision_select_feature: str = option("patch", "patch or cls_patch")
+    vision_tower: str | None = option(None, "folder or repository of the tower; a multimodal checkpoint brings its own")
+    mm_projector_type: str | None = option(None, "linear, mlp2x_gelu (default) or identity")
+    mm_vision_select_layer: int | None = option(None, "hidden state of the tower that is projected (default: -2)")
+    mm_vision_select_feature: str | None = option(None, "patch (default) or cls_patch")
     pretrain_mm_mlp_adapter: str | None = option(None, "stage 1's mm_projector.bin, or the folder that holds it")
     variant: str = option("accel", f"{', '.join(VARIANTS)}; accel and mask train the same function")
     t2v_layers: str | None = option(None, 'JSON list such as "[0,1,7,8]"; goes before --config and T2V_LAYERS')
@@ -98,6 +107,7 @@ class TrainArguments(TrainingArguments):
     save_total_limit: int | None = option(1, "checkpoints that are kept")
     dataloader_num_workers: int = option(4, "processes that read samples")
     lr_scheduler_type: str = option("cosine", "see transformers")
+    warmup_steps: float | None = option(None, "steps in which the rate rises")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises, where --warmup_steps says nothing")
     weight_decay: float = option(0.0, "see transformers")
     remove_unused_columns: bool = option(False, "samples are no table: always False")
@@ -105,12 +115,18 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         self.settle_stage()
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise ViCAError(f"--{name} is {getattr(self, name)}; it must be {least} at least")
         if self.eval_strategy != "no":
             raise ViCAError(f"--eval_strategy is {str(self.eval_strategy)!r}; there is no evaluation while training")
         self.remove_unused_columns = False  # the collator's columns are not all the model's
-        self.warmup_steps = self.warmup_steps or self.warmup_ratio  # one name for both since transformers 5
+        for name, reason in FOREIGN.items():
+            if getattr(self, name, None):
+                raise ViCAError(f"--{name} is not supported: {reason}")
+        if self.fp16 and self.use_cpu:
+            raise ViCAError("--fp16 needs a GPU")
+        if self.warmup_steps is None:
+            self.warmup_steps = self.warmup_ratio  # one name for both since transformers 5
         if self.unfreeze_mm_vision_tower and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # the tower's layers behind the one that is read get no gradient
         rename_checkpointing(self)

@@ -17,6 +17,8 @@ from ..model.plan import parse_prefix_rule
 from ..model.projector import build_projector
 
 PROJECTOR = "model.mm_projector."
+# What a model sees with, where it starts from a plain language model.
+SEEING = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
 
 
 def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
@@ -25,7 +27,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
     raw = checkpoint.read_json(folder / "config.json")
     fresh = checkpoint.is_language_model(raw)
     config = checkpoint.apply_settings(
-        new_config(raw, model_args) if fresh else ViCAConfig.from_dict(raw),
+        new_config(raw, model_args) if fresh else known_config(raw, model_args),
         variant=model_args.variant,
         t2v_layers=model_args.t2v_layers,
         freeze_prefix=parse_prefix_rule(model_args.freeze_prefix),
@@ -60,10 +62,17 @@ def new_config(raw: dict, args) -> ViCAConfig:
     return ViCAConfig(
         text_config=raw,
         mm_vision_tower=args.vision_tower,
-        mm_projector_type=args.mm_projector_type,
-        mm_vision_select_layer=args.mm_vision_select_layer,
-        mm_vision_select_feature=args.mm_vision_select_feature,
+        **{name: default if getattr(args, name) is None else getattr(args, name) for name, default in SEEING.items()},
     )
+
+
+def known_config(raw: dict, args) -> ViCAConfig:
+    config = ViCAConfig.from_dict(raw)
+    for name in SEEING:
+        given, held = getattr(args, name), getattr(config, name)
+        if given not in (None, held):
+            raise ViCAError(f"--{name} is {given!r}, but {args.model_name_or_path} was trained with {held!r}")
+    return config
 
 
 def new_projector(config: ViCAConfig) -> dict[str, torch.Tensor]:

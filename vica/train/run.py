@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from torch.utils.data import IterableDataset
 
 from ..data.collate import Collator
 from ..data.samples import Samples, Stream, open_samples
-from ..data.skipped import Skipped
+from ..data.skipped import Skipped, forget_repaired
 from ..data.training import TrainingSet, TrainingStream, check_folder
 from ..errors import ViCAError
+from ..files import held, room_needed
 from ..model.sizes import visual_tokens
 from ..program import exit_status, quiet_transformers
 from . import curve, saving
@@ -34,8 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse(argv)
-    prepare(args)
-    trained = Trained.of(args)
+    output = Path(args.output_dir)
+    with held(output, "give this one another --output_dir") if args.should_save else nullcontext():
+        trained = Trained.of(args)
+        if args.should_save:
+            saving.check_output(output, model_args.model_name_or_path, trained)
+        prepare(args)
+        run(model_args, data_args, args, trained)
+
+
+def run(model_args, data_args, args, trained: Trained) -> None:
     records = open_records(data_args, args)
     model, processor = build(model_args, data_args, args)
     if trained.adapters:
@@ -48,6 +58,12 @@ def train(argv: list[str] | None = None) -> None:
     total = None if isinstance(samples, IterableDataset) else len(samples)
     if args.should_save:
         announce(args, model, total)
+    point = resume_point(args, config, trained)
+    report = Path(args.output_dir) / "skipped.jsonl"
+    if not data_args.streaming:
+        with args.main_process_first(local=False):
+            if args.should_save:
+                forget_repaired(report, samples)
     with one_line_complaints():
         trainer = ViCATrainer(
             model=model,
@@ -57,9 +73,8 @@ def train(argv: list[str] | None = None) -> None:
             processing_class=processor,
             trained=trained,
             meter=Meter(config, trained, peak_flops(args.peak_tflops, args.device)),
-            skipped=Skipped(Path(args.output_dir) / "skipped.jsonl", data_args.max_broken_share, total),
+            skipped=Skipped(report, data_args.max_broken_share, total),
         )
-    point = resume_point(args, config, trainer.whole)
     if point is not None and args.should_save:
         print(f"goes on from {point}", flush=True)
     trainer.train(resume_from_checkpoint=point)
@@ -70,7 +85,7 @@ def prepare(args) -> None:
     """What must be settled before anything large is loaded."""
     quiet_transformers()
     logging.basicConfig(level=logging.INFO if args.should_save else logging.ERROR, format="%(message)s")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # on every machine
     if args.should_save:
         saving.clear_unfinished(args.output_dir)
     check_optimizer(args)
@@ -137,10 +152,13 @@ def finish(trainer: ViCATrainer) -> None:
     """The model itself, in the precision it is used with, the log and its picture."""
     args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.check_last_loss()
+    if trainer.state.global_step == 0:
+        raise ViCAError("no step was taken: the data are fewer than a batch, or no epoch was asked for")
     staging = output / saving.UNFINISHED
-    if trainer.whole:
+    if trainer.trained.whole:
         trainer.model.to(loading_dtype(args))
-    trainer.save_model(str(staging))
+    with room_needed(staging):
+        trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
         trainer.state.save_to_json(str(staging / "trainer_state.json"))

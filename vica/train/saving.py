@@ -1,19 +1,21 @@
 """What a stage writes, and how: a folder is written aside and appears whole, or not at all."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..errors import ViCAError
-from ..model.checkpoint import NON_LORA_FILE, PROJECTOR_FILE
-from .stages import is_adapter, part_of
+from ..model.checkpoint import NON_LORA_FILE, PROJECTOR_FILE, holds_adapters
+from .stages import Trained, is_adapter, part_of
 
 UNFINISHED = "unfinished"  # inside the output folder; left behind by a run that was killed while it saved
 TRAINED_FILE = "trained.safetensors"
+MODEL_FILES = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def write_trained(folder: Path, model, state: dict[str, torch.Tensor], with_adapters: bool) -> None:
@@ -36,6 +38,19 @@ def read_trained(folder: Path, model) -> None:
     result = model.load_state_dict(load_file(path), strict=False)
     if result.unexpected_keys:
         raise ViCAError(f"{path} holds {result.unexpected_keys[0]}, which this model lacks: another stage wrote it")
+
+
+def check_output(folder: Path, base: str, trained: Trained) -> None:
+    """Files of another kind that stay beside what a run writes would be read in its place."""
+    if Path(base).is_dir() and folder.samefile(base):
+        raise ViCAError(f"--output_dir {folder} is the model that training starts from: give it another")
+    if get_last_checkpoint(folder) is not None:  # which is gone on from, or refused with the reason
+        return
+    adapters, model = holds_adapters(folder), any(MODEL_FILES.fullmatch(path.name) for path in folder.iterdir())
+    if adapters and not trained.adapters:
+        raise ViCAError(f"{folder} holds adapters already: give this run another --output_dir")
+    if model and not trained.whole:
+        raise ViCAError(f"{folder} holds a whole model already: give this run another --output_dir")
 
 
 def clear_unfinished(output_dir: str | os.PathLike) -> None:
@@ -68,10 +83,16 @@ def retire(folder: Path) -> None:
 
 
 def publish_files(source: Path, target: Path) -> None:
-    """The same for files that go into a folder which holds others."""
+    """The same for files that go into a folder which holds others. Weights that stay from an earlier model, its index
+    and shards, would be read in place of the new ones."""
     sync(source)
-    for path in sorted(source.iterdir()):
-        os.replace(path, target / path.name)
+    written = {path.name for path in source.iterdir()}
+    for name in sorted(written):
+        os.replace(source / name, target / name)
+    if any(map(MODEL_FILES.fullmatch, written)):
+        for path in target.iterdir():
+            if MODEL_FILES.fullmatch(path.name) and path.name not in written:
+                path.unlink()
     source.rmdir()
     sync_folder(target)
 

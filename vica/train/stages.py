@@ -18,10 +18,12 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """Parts of PARTS that learn in full, and whether the language model learns through adapters."""
+    """Parts of PARTS that learn in full, whether the language model learns through adapters, and whether checkpoints
+    hold the whole model, even if it learns little, and not only what learns."""
 
     parts: tuple[str, ...]
     adapters: bool = False
+    whole: bool = False
 
     @classmethod
     def of(cls, args) -> "Trained":
@@ -39,7 +41,8 @@ class Trained:
             "projector": not args.freeze_mm_mlp_adapter,
             "language model": not kept,
         }
-        return cls(tuple(part for part in PARTS if chosen[part]), adapters=args.lora_enable)
+        whole = not args.lora_enable and args.bits == 16  # a quantised base is not written again
+        return cls(tuple(part for part in PARTS if chosen[part]), args.lora_enable, whole)
 
 
 def part_of(name: str) -> str:

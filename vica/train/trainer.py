@@ -10,9 +10,11 @@ from transformers import Trainer
 from ..data.grouping import LengthGroupedSampler
 from ..data.skipped import Skipped
 from ..errors import ViCAError
+from ..files import room_needed
 from . import saving
 from .arguments import one_line_complaints
 from .meter import Meter
+from .resume import write_run
 from .stages import Trained, part_of
 
 FOR_US = ("sample_ids", "broken")  # of a batch, not the model's
@@ -22,9 +24,9 @@ class ViCATrainer(Trainer):
     def __init__(self, *args, trained: Trained, meter: Meter, skipped: Skipped, **kwargs):
         super().__init__(*args, **kwargs)
         self.trained, self.meter, self.skipped = trained, meter, skipped
-        # What checkpoints of stage 2 hold, even if it learns little, but not where the base is quantised.
-        self.whole = self.args.stage == "finetune" and not trained.adapters and self.args.bits == 16
-        self.learning = [name for name, p in self.model.named_parameters() if p.requires_grad]  # before it is sharded
+        self.written = {name for name, p in self.model.named_parameters() if p.requires_grad}  # before it is sharded
+        if trained.adapters:  # a frozen projector need not be that of the base that they are merged into
+            self.written |= {name for name, _ in self.model.named_parameters() if part_of(name) == "projector"}
         self.unchecked: tuple | None = None  # the last loss, on its way from the device
         self.save_into = self.args.output_dir
 
@@ -119,8 +121,13 @@ class ViCATrainer(Trainer):
                     groups.setdefault((name in decayed, own_rate), []).append(parameter)
             with one_line_complaints():
                 chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = chosen([self.group(*key, parameters) for key, parameters in groups.items()], **settings)
+                groups = [self.group(*key, parameters) for key, parameters in groups.items()]
+                self.optimizer = chosen(groups, **settings)
         return self.optimizer
+
+    def create_scheduler(self, *args, **kwargs):
+        with one_line_complaints():
+            return super().create_scheduler(*args, **kwargs)
 
     def group(self, decays: bool, own_rate: float | None, parameters: list) -> dict:
         rate = {} if own_rate is None else {"lr": own_rate}
@@ -145,18 +152,20 @@ class ViCATrainer(Trainer):
         staging, name = Path(self.args.output_dir) / saving.UNFINISHED, f"checkpoint-{self.state.global_step}"
         self.save_into = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
+            with room_needed(staging):
+                super()._save_checkpoint(model, trial)
         finally:
             self.save_into = self.args.output_dir
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_run(staging / name, self.args, self.trained)
             saving.publish(staging / name, Path(self.args.output_dir) / name)
             saving.rotate(self.args.output_dir, self.args.save_total_limit)
             saving.clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.whole:
+        if self.trained.whole:
             return super().save_model(output_dir, _internal_call)
         state = self.trained_state()
         if self.args.should_save:
@@ -171,16 +180,16 @@ class ViCATrainer(Trainer):
         return model.get_base_model().config if self.trained.adapters else model.config
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """What learns, whole and on the CPU, whatever shards it."""
+        """What learns, and the projector beside adapters, whole and on the CPU, whatever shards it."""
         if self.is_fsdp_enabled:
             state = self.accelerator.get_state_dict(self.model)
-            return {name: state[name] for name in self.learning if name in state}
-        learning = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with gathered(list(learning.values())):
-            return {name: p.detach().cpu().clone() for name, p in learning.items()}
+            return {name: state[name] for name in state if name in self.written}
+        written = {name: p for name, p in self.model.named_parameters() if name in self.written}
+        with gathered(list(written.values())):
+            return {name: p.detach().cpu().clone() for name, p in written.items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if self.whole or self.is_fsdp_enabled:
+        if self.trained.whole or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saving.read_trained(Path(resume_from_checkpoint), self.model if model is None else model)
 
