@@ -65,7 +65,8 @@ def test_quickstart():
     assert sum("(right: " in line for line in lines) == 6
     assert any(line.split() == ["mask", "accel", "dense"] for line in lines)
     assert any(re.match(r"same answers as mask\s+-\s+6 of 6\s", line) for line in lines)
-    assert any(re.match(r"largest logit difference\s+-\s+\d\.\de-0[4-9]\s", line) for line in lines)
+    apart = next(match for line in lines if (match := re.match(r"largest logit difference\s+-\s+(\S+)\s", line)))
+    assert float(apart[1]) < 1e-3  # 0 where the kernels add up alike
     right = next(match for line in lines if (match := re.match(r"all\s+\d+\s+(\d+)\s+(\d+)$", line)))
     assert min(int(right[1]), int(right[2])) > 95, "trained, not guessing"
 

@@ -77,7 +77,8 @@ def forget_repaired(file: str | os.PathLike, data: TrainingSet) -> None:
     path = Path(file)
     if not path.exists():
         return
-    listed = {_parse(os.fspath(file), line).record for line in path.read_bytes().splitlines(keepends=True)}
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    listed = {_parse(os.fspath(file), line).record for line in lines}
     again = [data[place] for place in range(len(data)) if data.samples.name(place) in listed]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(_line(item) for item in again if isinstance(item, Broken)))
