@@ -457,11 +457,14 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys,
         (dict(), dict(freeze_backbone=True), "what learns ['projector', 'language model'], now ['projector']"),
         (dict(), dict(optim="sgd"), "optim 'adamw_torch', now 'sgd'"),
         (dict(lora_enable=True), dict(lora_enable=True, lora_alpha=1024), "lora_alpha 16, now 1024"),
+        (dict(stage="pretrain"), dict(stage="pretrain", model_name_or_path="another"), "/another'"),
     ],
 )
 def test_an_optimizers_state_of_other_settings_is_not_gone_on_with(root, tmp_path, capsys, before, now, said):
     if "lora_enable" in before:
         pytest.importorskip("peft")
+    if "model_name_or_path" in now:
+        now = now | {"model_name_or_path": shutil.copytree(root / "llm", tmp_path / "another")}
     saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
     trained(root, tmp_path, **before, **saving)
     capsys.readouterr()

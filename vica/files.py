@@ -19,6 +19,11 @@ _held: set[int] = set()  # handles whose locks end with this process
 os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])  # a worker outlives a killed run
 
 
+def one_name(path_or_repo: str | os.PathLike) -> str:
+    """However a folder was spelt; a repository of the hub as it is."""
+    return os.path.abspath(path_or_repo) if os.path.isdir(path_or_repo) else str(path_or_repo)
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` at the end; where the writing fails, nothing is left of it.

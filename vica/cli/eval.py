@@ -105,10 +105,11 @@ def run(args) -> None:
 def settings(args, model, processor: ViCAProcessor) -> dict:
     """What answers depend on beside the questions. Asked before there is an engine, which fuses weights."""
     from ..engine.hashing import sample
+    from ..files import one_name
 
     config = model.config
     return dict(
-        model=os.path.abspath(args.model) if os.path.isdir(args.model) else args.model,
+        model=one_name(args.model),
         weights=sample(list(model.parameters())),  # a folder's may be trained on, or another model's
         variant=config.variant,
         t2v_layers=config.t2v_layers,

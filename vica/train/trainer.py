@@ -158,7 +158,7 @@ class ViCATrainer(Trainer):
             self.save_into = self.args.output_dir
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_run(staging / name, self.args, self.trained)
+            write_run(staging / name, self.args, self.config, self.trained)
             saving.publish(staging / name, Path(self.args.output_dir) / name)
             saving.rotate(self.args.output_dir, self.args.save_total_limit)
             saving.clear_unfinished(self.args.output_dir)
