@@ -88,8 +88,9 @@ def test_truncation_never_cuts_an_image(processor):
     assert processor(text="one two", truncation=True, max_length=3)["input_ids"].tolist() == [ids[:3]]
     with pytest.raises(ViCAError, match=f"max_length={len(ids) - 1} would cut an image"):
         processor(text="one two <image>", truncation=True, max_length=len(ids) - 1)
-    with pytest.raises(ViCAError, match="needs max_length"):
-        processor(text="one two", truncation=True)
+    for length in (None, 0, -1):
+        with pytest.raises(ViCAError, match=f"needs max_length from 1, got {length}"):
+            processor(text="one two", truncation=True, max_length=length)
 
 
 def test_images_in_any_nesting(processor, tmp_path):
