@@ -438,21 +438,6 @@ def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
         (dict(t2v_layers="[1]"), dict(), "t2v_layers [1], now [0, 2]"),
         (dict(freeze_prefix="true"), dict(freeze_prefix="1"), "freeze_prefix True, now 1"),
         (dict(variant="dense"), dict(), "dense True, now False"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys, before, now, said):
-    """Its weights would be saved as this run's, untrained and under this run's layers."""
-    saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
-    trained(root, tmp_path, **before, **saving)
-    capsys.readouterr()
-    assert main(arguments(root, tmp_path, **now, **saving)) == 1
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"vica train: {tmp_path}/checkpoint-1 is of another run: ") and said in line
-
-
-@pytest.mark.parametrize(
-    "before, now, said",
-    [
         (dict(), dict(mm_projector_lr=1e-4), "a rate of the projector's own False, now True"),
         (dict(), dict(freeze_backbone=True), "what learns ['projector', 'language model'], now ['projector']"),
         (dict(), dict(optim="sgd"), "optim 'adamw_torch', now 'sgd'"),
@@ -460,7 +445,8 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys,
         (dict(stage="pretrain"), dict(stage="pretrain", model_name_or_path="another"), "/another'"),
     ],
 )
-def test_an_optimizers_state_of_other_settings_is_not_gone_on_with(root, tmp_path, capsys, before, now, said):
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys, before, now, said):
+    """Its weights would be saved as this run's, untrained and under this run's layers, or its optimizer begin anew."""
     if "lora_enable" in before:
         pytest.importorskip("peft")
     if "model_name_or_path" in now:
