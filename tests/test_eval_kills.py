@@ -115,16 +115,16 @@ def late_in_the_first() -> None:
     import os
     import time
 
-    import vica.files as files
+    from vica.cli import eval
 
     if os.environ["RANK"] == "0":
-        folder_of_its_own = files.held
+        folder_of_its_own = eval.held
 
         def held_late(folder, mend):
             time.sleep(1)
             return folder_of_its_own(folder, mend)
 
-        files.held = held_late
+        eval.held = held_late
 
 
 def test_a_restart_beside_another_run_drops_nothing_of_it(ground, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..data.processor import ViCAProcessor
 from ..errors import ViCAError
+from ..files import held, one_name
 from ..table import table
 from . import common
 
@@ -59,7 +60,6 @@ def run(args) -> None:
     from ..eval.ranks import all_ranks
     from ..eval.run import check_folder, read_questions, run_task
     from ..eval.tasks import choose
-    from ..files import held
 
     tasks = choose(args.task)
     for name in ("limit", "max_new_tokens", "max_batch"):
@@ -105,7 +105,6 @@ def run(args) -> None:
 def settings(args, model, processor: ViCAProcessor) -> dict:
     """What answers depend on beside the questions. Asked before there is an engine, which fuses weights."""
     from ..engine.hashing import sample
-    from ..files import one_name
 
     config = model.config
     return dict(

@@ -45,8 +45,7 @@ def with_earlier(rows: list[dict], path: Path, about: dict) -> list[dict]:
     """With those that an earlier summary of the same model and settings has of other benchmarks."""
     try:
         held = json.loads(path.read_bytes())
-        earlier = held.pop("benchmarks") if path.exists() else []
-        known = {row["task"]: row for row in earlier}
+        known = {row["task"]: row for row in held.pop("benchmarks") if row["task"] in TASKS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or another program's
         return rows
     if held != about:
