@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     summary = Summary()
     for found in tqdm(check.findings(args.workers), total=len(check), unit=" samples"):
         summary.add(found)
-    print("\n".join(f"{name:<14}{value}" for name, value in describe(summary, args.model_max_length)))
+    told = describe(summary, args.model_max_length if args.model else None)
+    print("\n".join(f"{name:<14}{value}" for name, value in told))
     tell_broken(summary, args.report)
 
 
@@ -63,7 +64,7 @@ def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     return processor, visual_tokens(config) or 1
 
 
-def describe(summary: Summary, limit: int) -> Iterator[tuple[str, str]]:
+def describe(summary: Summary, limit: int | None) -> Iterator[tuple[str, str]]:
     twice = sum(times > 1 for times in summary.ids.values())
     sound = summary.samples - len(summary.broken)
     text_only = sound - summary.with_image
@@ -71,7 +72,7 @@ def describe(summary: Summary, limit: int) -> Iterator[tuple[str, str]]:
     yield "with image", f"{summary.with_image:,} with {summary.images:,} images, {text_only:,} text only"
     yield "turns", f"{summary.turns:,}"
     yield "ids", f"{len(summary.ids):,}, {twice:,} of them more than once"
-    if not sound or not any(summary.lengths):
+    if limit is None or not sound:  # nothing was tokenized
         return
     lengths = sorted(summary.lengths)
     shares = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}

@@ -10,6 +10,7 @@ from ..errors import ViCAError
 from ..loading import load
 from ..program import exit_status, quiet_transformers
 from ..table import table
+from .base import check_least
 from .score import read_questions, score
 
 ANSWER = 12  # tokens at most
@@ -28,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args) -> None:
-    if args.limit is not None and args.limit < 1:
-        raise ViCAError(f"--limit is {args.limit}; it must be 1 at least")
+    check_least(args, {"limit": 1})
     model, processor = load(args.model, device=args.device, dtype=args.dtype)
     questions = read_questions(args.world / "test.jsonl")[: args.limit]
     found = score(questions, answers(model, processor, questions, args.world / "images"))
