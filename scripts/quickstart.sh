@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup_venv
-exec .venv/bin/python -m vica.toy.quickstart "$@"
+exec .venv/bin/python -m scripts.toy.quickstart "$@"

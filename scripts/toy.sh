@@ -16,7 +16,7 @@ source scripts/setup.sh
 find_python
 
 [ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-160000}"
-[ -d "$FOLDER/base/tower" ] && [ -d "$FOLDER/base/llm" ] || "$PYTHON" -m vica.toy.base --out "$FOLDER/base"
+[ -d "$FOLDER/base/tower" ] && [ -d "$FOLDER/base/llm" ] || "$PYTHON" -m scripts.toy.base --out "$FOLDER/base"
 
 layers() { # of a run with a seed, as JSON
     "$PYTHON" - "$1" "$2" "$CONFIG" "$FOLDER/base/llm/config.json" <<'PYTHON'
@@ -44,7 +44,7 @@ train() { # name seed: both stages and the test; what is there already is gone o
     [ -f "$out/model/config.json" ] || DATA="$FOLDER/world/finetune.json" IMAGES="$FOLDER/world/images" \
         PROJECTOR="$out/projector" OUTPUT="$out/model" bash scripts/v1_5/finetune.sh "${common[@]}" \
         --learning_rate 1e-3 --num_train_epochs "${EPOCHS:-4}" >> "$out/finetune.log" 2>&1
-    [ -f "$out/score.json" ] || T2V_LAYERS='' "$PYTHON" -m vica.toy.evaluate "$out/model" --world "$FOLDER/world" \
+    [ -f "$out/score.json" ] || T2V_LAYERS='' "$PYTHON" -m scripts.toy.evaluate "$out/model" --world "$FOLDER/world" \
         --json "$out/score.json" > "$out/score.txt"
     echo "$1, seed $2, layers $T2V_LAYERS: $(tail -n 1 "$out/score.txt")"
 }
@@ -60,4 +60,4 @@ for seed in $SEEDS; do
     done
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
-"$PYTHON" -m vica.toy.claim "$FOLDER/runs" --out "$FOLDER/claim"
+"$PYTHON" -m scripts.toy.claim "$FOLDER/runs" --out "$FOLDER/claim"

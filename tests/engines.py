@@ -10,7 +10,7 @@ from tests.builders import IMAGE, VOCAB, WIDTH, tiny_model, tiny_vision
 from vica.data.processor import ViCAProcessor
 from vica.engine import Engine, Request
 from vica.engine.scheduler import Sequence
-from vica.toy.model import VOCABULARY, build_tokenizer
+from vica.testing import VOCABULARY, build_tokenizer
 
 SIZES = (1, 3, 6, 10)  # visual tokens of the images in `features`
 QUESTIONS = ["What is this?", "Is there a star?", "How many?", "Which colour is the circle?", "Where?"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vica.errors import ViCAError
 from vica.eval.task import Question, Task
+from vica.utils.errors import ViCAError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 

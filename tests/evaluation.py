@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from vica.testing import save
 from vica.toy.benchmarks import write
-from vica.toy.model import save
 
 
 def model_and_data(root: Path, pictures: int) -> Path:

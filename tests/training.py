@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from vica.model.layouts import TOWER
-from vica.toy.model import build_tokenizer
+from vica.plan.formats import TOWER
+from vica.testing import build_tokenizer
 
 LAYERS = "[0, 2]"
 

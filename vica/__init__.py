@@ -6,11 +6,11 @@ model, processor = vica.load("path/or/repo", t2v_layers=[0, 1, 7, 8, 9, 10, 11, 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .data.processor import ViCAProcessor
-from .errors import ViCAError
 from .loading import convert, load
 from .model.cache import ViCACache
-from .model.config import IMAGE_TOKEN_INDEX, ViCAConfig
 from .model.llava import ViCAForConditionalGeneration
+from .plan.config import IMAGE_TOKEN_INDEX, ViCAConfig
+from .utils.errors import ViCAError
 
 __version__ = "0.1.0"
 __all__ = [

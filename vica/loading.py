@@ -11,14 +11,14 @@ import torch
 from transformers import LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from .checkpoint import adapters, files
+from .checkpoint.convert import convert as rewrite
 from .data.processor import ViCAProcessor
 from .data.tokenizer import add_image_token, load_tokenizer
-from .errors import ViCAError
-from .model import checkpoint, layouts
-from .model.config import ViCAConfig
-from .model.convert import convert as rewrite
 from .model.llava import ViCAForConditionalGeneration
-from .train import lora
+from .plan import formats
+from .plan.config import ViCAConfig
+from .utils.errors import ViCAError
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def load(
     `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
     device, dtype = check_device(device), check_dtype(dtype)
-    hub = checkpoint.pop_hub_arguments(kwargs)
-    folder = checkpoint.find_folder(path_or_repo, **hub)
+    hub = files.pop_hub_arguments(kwargs)
+    folder = files.find_folder(path_or_repo, **hub)
     model = ViCAForConditionalGeneration.from_pretrained(
         folder,
         cache_dir=hub.get("cache_dir"),  # a tower of the hub's may lie there too
@@ -94,7 +94,7 @@ def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
 
 def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     saved = folder / "processor_config.json"
-    if saved.is_file() and checkpoint.read_json(saved).get("processor_class") == ViCAProcessor.__name__:
+    if saved.is_file() and files.read_json(saved).get("processor_class") == ViCAProcessor.__name__:
         return ViCAProcessor.from_pretrained(folder)
     if not holds_tokenizer(folder):
         log.warning("%s holds no tokenizer: the model comes without a processor", folder)
@@ -109,20 +109,20 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     return processor
 
 
-def convert(source, target, to: str, base=None, shard_size: str = checkpoint.SHARD_SIZE, **settings) -> Path:
+def convert(source, target, to: str, base=None, shard_size: str = files.SHARD_SIZE, **settings) -> Path:
     """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it. Adapters are merged
     into their base: `base`, or the one that they name."""
     if to not in LAYOUTS:
         raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(LAYOUTS)}")
     if not re.fullmatch(r"[1-9]\d*[KMG]B", shard_size):
         raise ViCAError(f"the largest size of a file is {shard_size!r}; give a number with KB, MB or GB")
-    folder = checkpoint.find_folder(source)
-    config = checkpoint.read_config(folder, **settings)
+    folder = files.find_folder(source)
+    config = files.read_config(folder, **settings)
     config.architectures = [ViCAForConditionalGeneration.__name__]
-    origin, read = folder, partial(checkpoint.read_checkpoint, ViCAForConditionalGeneration, folder, config)
-    if checkpoint.holds_adapters(folder):
-        origin = checkpoint.find_folder(base or lora.base_of(folder))
-        read = partial(lora.merged_weights, folder, origin, config)
+    origin, read = folder, partial(files.read_checkpoint, ViCAForConditionalGeneration, folder, config)
+    if files.holds_adapters(folder):
+        origin = files.find_folder(base or adapters.base_of(folder))
+        read = partial(adapters.merged_weights, ViCAForConditionalGeneration, folder, origin, config)
     elif base is not None:
         raise ViCAError(f"--base is {str(base)!r}, but {folder} holds no adapters to merge into it")
     processor, image_token = load_processor(folder if holds_tokenizer(folder) else origin, config), None
@@ -150,8 +150,8 @@ def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor
         images,
         tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="default" if layouts.drops_class_token(config) else "full",
-        num_additional_image_tokens=layouts.CLASS_TOKENS.get(vision.model_type, 0),
+        vision_feature_select_strategy="default" if formats.drops_class_token(config) else "full",
+        num_additional_image_tokens=formats.CLASS_TOKENS.get(vision.model_type, 0),
     )
 
 
@@ -159,7 +159,7 @@ def saved_image_settings(folder: Path) -> dict | None:
     """What transformers saved of an image processor, in either of its files."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            saved = checkpoint.read_json(folder / name)
+            saved = files.read_json(folder / name)
             if settings := saved.get("image_processor", saved if "image_processor_type" in saved else None):
                 return dict(settings)
     return None

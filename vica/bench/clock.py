@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 log = logging.getLogger(__name__)
 

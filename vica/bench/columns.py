@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..engine import Request
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .clock import Job
 from .drive import Drive, answer_all
 from .inputs import Prompts

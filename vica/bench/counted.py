@@ -2,10 +2,10 @@
 
 import argparse
 
-from ..model.config import ViCAConfig
-from ..model.flops import dense, prefill_flops, visual_flops
-from ..model.sizes import visual_tokens
-from ..table import table
+from ..plan.config import ViCAConfig
+from ..plan.flops import dense, prefill_flops, visual_flops
+from ..plan.sizes import visual_tokens
+from ..utils.table import table
 from .report import Report
 
 DEFAULTS = {"cuda": {}, "cpu": {}}

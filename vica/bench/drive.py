@@ -6,7 +6,7 @@ import torch
 from ..engine import Engine, Request
 from ..engine.layout import Layout, lay_out
 from ..engine.runner import Batch, Row
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .inputs import Prompts
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from ..engine import Engine
-from ..errors import ViCAError
 from ..eval.answering import by_engine
 from ..eval.ranks import Ranks
 from ..eval.run import run_task
 from ..eval.task import Question, Score, Task
-from ..model.sizes import visual_tokens
-from ..table import table
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
+from ..utils.table import table
 from .clock import progress, timed
 from .inputs import Prompts, Shape, write_pictures
 from .models import Models

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import ViCAError
-from ..model.config import ViCAConfig
+from ..plan.config import ViCAConfig
+from ..utils.errors import ViCAError
 
 
 @dataclass(frozen=True)

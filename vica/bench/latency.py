@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from ..model.sizes import kv_bytes, visual_tokens
+from ..plan.sizes import kv_bytes, visual_tokens
 from .clock import Timing, copy_rate, product_rate, progress, race
 from .columns import Columns
 from .inputs import Prompts, Shape

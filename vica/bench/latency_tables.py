@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import dataclass
 
-from ..model.config import ViCAConfig
-from ..model.flops import prefill_flops
-from ..table import table
+from ..plan.config import ViCAConfig
+from ..plan.flops import prefill_flops
+from ..utils.table import table
 from .report import COLUMNS, ratio
 
 PHASES = {

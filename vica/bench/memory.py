@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..engine import Engine, Request
-from ..engine.memory import FEATURES
-from ..model.config import ViCAConfig
-from ..model.sizes import kv_bytes, visual_tokens
-from ..table import table
+from ..engine.image_memory import FEATURES
+from ..plan.config import ViCAConfig
+from ..plan.sizes import kv_bytes, visual_tokens
+from ..utils.table import table
 from .clock import Timing, failures_noted, progress
 from .inputs import Prompts, Shape
 from .models import Models

@@ -6,15 +6,16 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from ..checkpoint import files
 from ..data.processor import ViCAProcessor
 from ..engine import Engine
-from ..errors import ViCAError
 from ..loading import check_device, check_dtype, load
-from ..model import checkpoint, layouts
-from ..model.config import ViCAConfig
 from ..model.llava import ViCAForConditionalGeneration
-from ..model.plan import PUBLISHED
-from ..toy.model import build_config, build_tokenizer
+from ..plan import formats
+from ..plan.config import ViCAConfig
+from ..plan.layer import PUBLISHED
+from ..testing import build_config, build_tokenizer
+from ..utils.errors import ViCAError
 from .peers import Transformers, fill_tables, share
 
 POSITIONS = 4096
@@ -54,7 +55,7 @@ def preset_config(name: str) -> ViCAConfig:
     layers, frozen = PUBLISHED[recipe]
     return ViCAConfig(
         text_config=dict(shape, vocab_size=32000, max_position_embeddings=POSITIONS),
-        vision_config=layouts.KNOWN_TOWERS[CLIP],
+        vision_config=formats.KNOWN_TOWERS[CLIP],
         t2v_layers=layers,
         freeze_prefix=frozen,
     )
@@ -63,8 +64,8 @@ def preset_config(name: str) -> ViCAConfig:
 def read_config(args: argparse.Namespace, wiring: dict) -> ViCAConfig:
     """The model's settings as `accel`, without its weights. `wiring`: what the user asks for in place of them."""
     if args.model is None:
-        return checkpoint.apply_settings(preset_config(args.preset), **wiring)
-    return checkpoint.read_config(checkpoint.find_folder(args.model, weights=False), **wiring)
+        return files.apply_settings(preset_config(args.preset), **wiring)
+    return files.read_config(files.find_folder(args.model, weights=False), **wiring)
 
 
 def random_model(config: ViCAConfig, device, dtype, seed: int = 0) -> ViCAForConditionalGeneration:

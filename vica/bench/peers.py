@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
-from ..errors import ViCAError
-from ..model import layouts
-from ..model.config import ViCAConfig
+from ..plan import formats
+from ..plan.config import ViCAConfig
+from ..utils.errors import ViCAError
 
 
 def share(make: Callable, config, weights: dict[str, nn.Parameter], device, renamed=lambda name: name) -> nn.Module:
@@ -39,10 +39,10 @@ def fill_tables(model: nn.Module, device) -> None:
 def llava_config(config: ViCAConfig) -> LlavaConfig:
     """The placeholder is the last word of the vocabulary, which prompts here never use: the weights fit as they are."""
     tower = None if config.vision_config is None else config.vision_config.model_type
-    if tower not in layouts.CLASS_TOKENS or config.mm_projector_type != "mlp2x_gelu":
+    if tower not in formats.CLASS_TOKENS or config.mm_projector_type != "mlp2x_gelu":
         raise ViCAError("transformers' LLaVA wants a CLIP or SigLIP tower and an mlp2x_gelu projector")
     vocabulary = config.text_config.vocab_size
-    return LlavaConfig.from_dict(layouts.hf_config(config, vocabulary, vocabulary - 1))
+    return LlavaConfig.from_dict(formats.hf_config(config, vocabulary, vocabulary - 1))
 
 
 class Transformers:
@@ -52,7 +52,7 @@ class Transformers:
         settings = llava_config(config)
         settings._attn_implementation = "sdpa"
         self.model = share(
-            LlavaForConditionalGeneration, settings, weights, device, lambda name: layouts.our_name(name, "hf")
+            LlavaForConditionalGeneration, settings, weights, device, lambda name: formats.our_name(name, "hf")
         )
         self.model.generation_config.eos_token_id = None  # lengths are forced
         self.language = self.model.model.language_model

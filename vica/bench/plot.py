@@ -1,6 +1,6 @@
 """Times of the latency measurement as a picture: against the batch, and against an image's visual tokens."""
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .report import COLUMNS
 
 # Phase of the cells, what lies on the x axis, its label, the panel's title.

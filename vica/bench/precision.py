@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import torch
 import transformers
 
-from ..model.config import ViCAConfig
 from ..model.llava import ViCAForConditionalGeneration
+from ..plan.config import ViCAConfig
 from .models import random_model
 from .report import git_commit
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..engine import Request
-from ..errors import ViCAError
-from ..model.sizes import visual_tokens
-from ..table import table
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
+from ..utils.table import table
 from .clock import Timing, failures_noted, progress, timed
 from .drive import answer_all
 from .inputs import Prompts, Shape, write_pictures

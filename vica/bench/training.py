@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..model.flops import sample_flops
 from ..model.loss import IGNORE
-from ..model.sizes import visual_tokens
-from ..table import table
+from ..plan.flops import sample_flops
+from ..plan.sizes import visual_tokens
 from ..train.meter import count_tokens, passes
 from ..train.stages import STAGES, Trained, freeze
+from ..utils.table import table
 from .clock import Timing, failures_noted, product_rate, progress, timed
 from .models import Models
 from .report import Report, own_failures, ratio

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from ..bench import counted, evaluation, latency, memory, models, plot, report, throughput, training
-from ..errors import ViCAError
 from ..loading import check_device
-from ..program import quiet_transformers
+from ..utils.errors import ViCAError
+from ..utils.program import quiet_transformers
 from . import common
 
 VERBS = {

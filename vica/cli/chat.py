@@ -4,7 +4,7 @@ import sys
 
 from ..data.images import load_image
 from ..data.tokenizer import IMAGE_MARK
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from . import common
 from .talk import Talk
 

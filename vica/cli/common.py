@@ -4,13 +4,11 @@ import argparse
 
 from ..data.processor import ViCAProcessor
 from ..engine import Request
-from ..errors import ViCAError
 from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
-from ..model.plan import VARIANTS, parse_prefix_rule
-from ..program import quiet_transformers
-
-DEFAULT = "(default: %(default)s)"  # argparse fills it in
+from ..plan.layer import VARIANTS, parse_prefix_rule
+from ..utils.errors import ViCAError
+from ..utils.program import DEFAULT, quiet_transformers
 
 
 def add_wiring(parser: argparse.ArgumentParser, variant: str | None = None) -> None:

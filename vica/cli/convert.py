@@ -1,8 +1,8 @@
 """Rewrite a checkpoint in LLaVA's, transformers' (hf) or our own layout, bit for bit. Adapters are merged."""
 
+from ..checkpoint.files import SHARD_SIZE
 from ..loading import LAYOUTS, convert
-from ..model.checkpoint import SHARD_SIZE
-from ..program import quiet_transformers
+from ..utils.program import quiet_transformers
 from . import common
 
 

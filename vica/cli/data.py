@@ -8,15 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..checkpoint import files
 from ..data.check import Check, Summary
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
 from ..data.samples import open_samples
-from ..errors import ViCAError
 from ..loading import load_processor
-from ..model import checkpoint
-from ..model.sizes import visual_tokens
-from ..program import quiet_transformers
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
+from ..utils.program import quiet_transformers
 from . import common
 
 SHOWN = 10
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
 def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     """The processor, and the positions that an image takes."""
     quiet_transformers()
-    folder = checkpoint.find_folder(model, weights=False)
-    config = checkpoint.read_config(folder, variant="dense")  # for which a checkpoint need not name its layers
+    folder = files.find_folder(model, weights=False)
+    config = files.read_config(folder, variant="dense")  # for which a checkpoint need not name its layers
     processor = load_processor(folder, config)
     if processor is None:
         raise ViCAError(f"{model} holds no tokenizer")

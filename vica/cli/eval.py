@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..data.processor import ViCAProcessor
-from ..errors import ViCAError
-from ..files import held, one_name
-from ..table import table
+from ..utils.errors import ViCAError
+from ..utils.files import held, one_name
+from ..utils.table import table
 from . import common
 
 ROOT = Path("playground/data/eval")
@@ -104,7 +104,7 @@ def run(args) -> None:
 
 def settings(args, model, processor: ViCAProcessor) -> dict:
     """What answers depend on beside the questions. Asked before there is an engine, which fuses weights."""
-    from ..engine.hashing import sample
+    from ..utils.hashing import sample
 
     config = model.config
     return dict(

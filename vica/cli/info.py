@@ -2,12 +2,12 @@
 
 import torch
 
-from ..errors import ViCAError
-from ..model import checkpoint
-from ..model.config import ViCAConfig
-from ..model.flops import dense, visual_flops
+from ..checkpoint import files
 from ..model.llava import ViCAForConditionalGeneration
-from ..model.sizes import kv_bytes, visual_tokens
+from ..plan.config import ViCAConfig
+from ..plan.flops import dense, visual_flops
+from ..plan.sizes import kv_bytes, visual_tokens
+from ..utils.errors import ViCAError
 from . import common
 
 PREFIX = 35  # tokens before the image in LLaVA's v1 prompt
@@ -24,14 +24,14 @@ def run(args) -> None:
 
 
 def read(args) -> ViCAConfig:
-    folder, settings = checkpoint.find_folder(args.model, weights=False), common.wiring(args)
+    folder, settings = files.find_folder(args.model, weights=False), common.wiring(args)
     try:
-        return checkpoint.read_config(folder, **settings)
+        return files.read_config(folder, **settings)
     except ViCAError as error:
         if args.variant or args.t2v_layers or "needs t2v_layers" not in str(error):
             raise
         print(f"note: {error}; shown as dense")
-        return checkpoint.read_config(folder, **{**settings, "variant": "dense"})
+        return files.read_config(folder, **{**settings, "variant": "dense"})
 
 
 def describe(config: ViCAConfig) -> list[tuple[str, str]]:

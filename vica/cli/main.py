@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..program import exit_status
+from ..utils.program import exit_status
 from . import ask, bench, chat, convert, data, eval, info, train
 
 VERBS = {

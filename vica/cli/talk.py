@@ -7,9 +7,9 @@ from ..data.conversation import get_template
 from ..data.tokenizer import IMAGE_MARK
 from ..engine import Engine, Request
 from ..engine.text import TextStream
-from ..errors import ViCAError
 from ..model.generation import PLAIN
-from ..model.sizes import room_for_answer
+from ..plan.sizes import room_for_answer
+from ..utils.errors import ViCAError
 
 
 class Talk:

@@ -1,6 +1,6 @@
 """Train stage 1 (the projector) or stage 2 (projector and language model) on LLaVA's data formats."""
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 
 def add_arguments(parser) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .images import load_image
 from .labels import IGNORE, encode
 from .processor import ViCAProcessor

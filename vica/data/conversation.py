@@ -15,7 +15,7 @@ A chat can be continued without rendering it again, in all templates with more t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

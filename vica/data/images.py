@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 DOWNLOAD_SECONDS = 20
 DOWNLOAD_BYTES = 64 * 2**20

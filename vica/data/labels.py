@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .conversation import Template, get_template
 from .messages import shorten
 from .processor import ViCAProcessor

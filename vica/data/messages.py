@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .tokenizer import IMAGE_MARK
 
 _SOURCE_KEYS = ("image", "url", "path", "base64")

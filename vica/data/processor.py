@@ -14,7 +14,7 @@ from transformers import AutoConfig, BatchFeature, PreTrainedTokenizerBase, Proc
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .conversation import get_template
 from .images import as_list, check_enlarged, load_image, pad_to_square
 from .messages import is_batch, read_messages, shorten, sources_or_none

@@ -15,7 +15,7 @@ from io import BytesIO
 from itertools import accumulate, chain
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 HUB = "hub:"
 

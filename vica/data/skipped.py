@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .training import Broken, TrainingSet
 
 _ENOUGH = 1000  # samples seen before a share of them says anything

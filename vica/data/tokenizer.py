@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 IMAGE_MARK = "<image>"
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are what their tokenizer.json says

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .labels import encode, read_turns
 from .messages import shorten
 from .processor import ViCAProcessor

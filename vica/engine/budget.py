@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ViCAError
-from ..model.sizes import kv_bytes as bytes_of_tokens
+from ..plan.sizes import kv_bytes as bytes_of_tokens
+from ..utils.errors import ViCAError
 
 CPU_BYTES = 2**30  # of text K/V, and of images, on a CPU
 RESERVE = 0.1  # of a card's memory for activations and captured graphs

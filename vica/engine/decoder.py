@@ -2,10 +2,10 @@
 
 import torch
 
-from ..model.plan import LayerPlan
-from .ops import TorchOps
-from .step import Step
-from .weights import LayerWeights, fuse_layer
+from ..kernels.layer_torch import TorchOps
+from ..kernels.weights import LayerWeights, fuse_layer
+from ..kernels.work import Step
+from ..plan.layer import LayerPlan
 
 
 class Decoder:

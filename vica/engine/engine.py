@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import ViCAError
+from ..kernels.weights import check_plain
 from ..model.generation import PLAIN
 from ..model.llava import ViCAForConditionalGeneration
-from ..model.sizes import visual_tokens
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
+from ..utils.hashing import fingerprint
 from .budget import Budget
-from .hashing import fingerprint
+from .image_memory import ImageMemory
 from .inputs import Inputs
-from .memory import ImageMemory
 from .request import Request, Result, Token
 from .runner import Runner
 from .scheduler import Scheduler, Sequence
 from .text import TextStream
-from .weights import check_plain
 
 log = logging.getLogger(__name__)
 

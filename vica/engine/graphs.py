@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .step import host_tensor, to_device, views
+from ..kernels.work import host_tensor, to_device, views
 
 
 class Graphs:

@@ -18,8 +18,8 @@ from ..data.images import as_list, load_image
 from ..data.messages import read_messages
 from ..data.processor import ViCAProcessor
 from ..data.tokenizer import IMAGE_MARK
-from ..errors import ViCAError
-from .hashing import digest, digest_tensor
+from ..utils.errors import ViCAError
+from ..utils.hashing import digest, digest_tensor
 from .layout import Layout, lay_out
 from .request import Request
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ViCAError
-from ..model.plan import LayerPlan
-from ..model.tokens import check_image_count
+from ..model.layout import check_image_count
+from ..plan.layer import LayerPlan
+from ..utils.errors import ViCAError
 
 VISUAL = -1  # in place of a row's token id
 

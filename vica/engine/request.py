@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.images import as_list
 from ..data.messages import shorten
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 MAX_TEMPERATURE = 1e6  # far beyond any use, and no float32 overflows
 

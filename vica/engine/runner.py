@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..model.sizes import visual_tokens
+from ..kernels.layer_torch import Shape, TorchOps
+from ..kernels.work import Step, block_of, cut_tiles, image_arrays, image_places, image_work, to_device
+from ..plan.sizes import visual_tokens
 from .decoder import Decoder
 from .graphs import Graphs
+from .kv import TextPool
 from .layout import VISUAL, Layout
-from .ops import Shape, TorchOps
-from .pool import TextPool
 from .sampling import sample
-from .step import Step, block_of, cut_tiles, image_arrays, image_places, image_work, to_device
 from .tower import CAPTURED_IMAGES, IMAGES, Tower
 
 CAPTURED_ROWS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # prefills up to here are captured
@@ -235,6 +235,6 @@ def bucket(rows: int) -> int:
 def make_ops(shape: Shape, cos, sin, dtype) -> TorchOps:
     if cos.device.type != "cuda":
         return TorchOps(shape, cos, sin)
-    from .kernels import CudaOps
+    from ..kernels.layer_triton import CudaOps
 
     return CudaOps(shape, cos, sin)

@@ -3,7 +3,7 @@ same tokens whatever else is in the batch."""
 
 import torch
 
-from .hashing import scramble
+from ..utils.hashing import scramble
 
 
 def sample(logits: torch.Tensor, temperature, top_k, top_p, seed, step) -> torch.Tensor:

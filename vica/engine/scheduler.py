@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .budget import Limits, out_of_memory
+from .image_memory import FEATURES, Entry, ImageMemory
 from .inputs import ImageInput, Inputs, Prepared
+from .kv import Prefix
 from .layout import Layout
-from .memory import FEATURES, Entry, ImageMemory
-from .pool import Prefix
 from .request import Request, Result, Token
 from .runner import Batch, Row, Runner
 from .text import TextStream, cut

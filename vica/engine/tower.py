@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import ACT2FN
 
-from ..model.vision import ClipTower, SiglipTower
+from ..kernels.weights import fuse
+from ..vision.towers import ClipTower, SiglipTower
 from .graphs import Graphs
-from .weights import fuse
 
 CAPTURED_IMAGES = (1, 2, 4, 8)  # numbers of images that are captured; more keep the device busy as they are
 IMAGES = 64  # at once, which bounds the memory of activations
@@ -47,10 +47,10 @@ class Tower:
     def _choose_steps(self, activation: str) -> None:
         self.add_norm, self.act = add_norm, ACT2FN[activation]
         if self.graphs.device.type == "cuda":
-            from . import tower_kernels
+            from ..kernels import tower_triton
 
-            self.add_norm = tower_kernels.add_norm
-            self.act = tower_kernels.quick_gelu if activation == "quick_gelu" else self.act
+            self.add_norm = tower_triton.add_norm
+            self.act = tower_triton.quick_gelu if activation == "quick_gelu" else self.act
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         if not self.fast:

@@ -6,9 +6,9 @@ import torch
 
 from ..data.images import load_image
 from ..engine import Engine, Request
-from ..errors import ViCAError
 from ..model.generation import PLAIN
-from ..model.sizes import room_for_answer
+from ..plan.sizes import room_for_answer
+from ..utils.errors import ViCAError
 from .task import Question, StoredImage
 
 Answered = tuple[Question, str | None, str | None]  # the question, its answer, or why there is none

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .task import Question, listed
 
 FINAL, SETTINGS, PARTS, RESULT = "answers.jsonl", "run.json", "part-*.jsonl", "result.json"

@@ -7,7 +7,7 @@ from functools import partial
 from hashlib import sha1
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .task import StoredImage
 
 MOVED = re.compile("^lmms-lab/")  # in 2026, to lmms-lab-encoder; who has fetched it before has it under the old name

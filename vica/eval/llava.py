@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .data import read_lines
 
 # Checkpoints were trained on these words: a changed letter costs accuracy.

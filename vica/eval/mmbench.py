@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import sha1
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .choices import chosen
 from .data import hub_rows, need, stored_images
 from .llava import OPTION_LETTER

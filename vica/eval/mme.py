@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .data import hub_rows, need, stored_image
 from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, StoredImage, Task, check_answers, listed

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .task import Question
 
 PATIENCE = timedelta(days=7)  # one process may be done long before another

@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from ..errors import ViCAError
-from ..model.config import ViCAConfig
-from ..model.flops import visual_flops
-from ..model.sizes import visual_tokens
+from ..plan.config import ViCAConfig
+from ..plan.flops import visual_flops
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
 from .answers import write_whole
 from .run import Outcome
 from .tasks import TASKS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .answering import Answerer
 from .answers import FINAL, RESULT, AnswerFiles, as_json, read_answers, record, write_whole
 from .ranks import Ranks

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .data import hub_rows, need, read_json, stored_image
 from .llava import OPTION_LETTER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, listed, percent

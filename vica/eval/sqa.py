@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .data import hub_rows, read_json, stored_images
 from .llava import OPTION_LETTER, eval_zip
 from .task import Answers, Question, Score, Task, check_answers, listed, percent

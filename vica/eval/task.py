@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 Answers = Mapping[Hashable, str]  # by question id
 

@@ -1,6 +1,6 @@
 """The benchmarks by name."""
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from . import gqa, mmbench, mme, pope, seed, sqa, textvqa, vqav2
 from .task import Task
 

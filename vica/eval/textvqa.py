@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .data import hub_rows, read_json, stored_image
 from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, percent

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .data import hub_rows, need, read_json, stored_image
 from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, listed, percent

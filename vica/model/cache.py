@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..errors import ViCAError
-from .plan import LayerPlan
-from .tokens import Tokens, pad_index
+from ..plan.layer import LayerPlan
+from ..utils.errors import ViCAError
+from .layout import Tokens, pad_index
 
 
 @dataclass

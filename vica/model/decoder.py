@@ -5,20 +5,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ViCAError
-from .attention import Kernel
+from ..kernels.attention import Kernel
+from ..kernels.pointwise import RMSNorm
+from ..kernels.transfer import to_device
+from ..plan.config import ViCAConfig
+from ..plan.layer import LayerPlan
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
+from ..vision.projectors import build_projector
+from ..vision.towers import VisionTower
+from .backbone_llama import Block, Call, Rotary, among_ranks, run_layers
 from .cache import ViCACache
-from .config import ViCAConfig
-from .llama import Block, Call, Rotary, among_ranks, run_layers
-from .llama_accel import AccelFlow
-from .llama_mask import MaskFlow
-from .plan import LayerPlan
-from .pointwise import RMSNorm
-from .projector import build_projector
-from .sizes import visual_tokens
-from .tokens import Tokens, expand
-from .transfer import to_device
-from .vision import VisionTower
+from .flow_accel import AccelFlow
+from .flow_mask import MaskFlow
+from .layout import Tokens, expand
 
 FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
 

@@ -4,9 +4,9 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from .cache import ViCACache
-from .tokens import check_image_count
+from .layout import check_image_count
 
 # What a checkpoint's generation_config may ask for beside sampling, with the values that ask for nothing.
 PLAIN = {

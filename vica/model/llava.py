@@ -9,16 +9,16 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..errors import ViCAError
-from . import checkpoint
+from ..checkpoint import files
+from ..kernels.transfer import to_device
+from ..plan.config import ViCAConfig
+from ..plan.layer import parse_t2v_layers
+from ..utils.errors import ViCAError
 from .cache import ViCACache
-from .config import ViCAConfig
 from .decoder import ViCAModel, ViCAPreTrainedModel
 from .generation import ViCAGeneration
+from .layout import Tokens
 from .loss import mean_loss, scored_rows
-from .plan import parse_t2v_layers
-from .tokens import Tokens
-from .transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -57,35 +57,35 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             )
         if kwargs.pop("subfolder", None):
             raise ViCAError("subfolder is not supported; give the folder itself")
-        hub = checkpoint.pop_hub_arguments(kwargs)
-        folder, cache_dir = checkpoint.find_folder(path_or_repo, **hub), hub.get("cache_dir")
+        hub = files.pop_hub_arguments(kwargs)
+        folder, cache_dir = files.find_folder(path_or_repo, **hub), hub.get("cache_dir")
         settings = dict(
             variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe, cache_dir=cache_dir
         )
         if config is None:
-            config = checkpoint.read_config(folder, **settings)
+            config = files.read_config(folder, **settings)
         else:
-            config = checkpoint.apply_settings(copy.deepcopy(config), **settings)
-        weights = checkpoint.read_checkpoint(cls, folder, config, cache_dir)
+            config = files.apply_settings(copy.deepcopy(config), **settings)
+        weights = files.read_checkpoint(cls, folder, config, cache_dir)
         model, info = super().from_pretrained(
             None, *args, config=config, state_dict=weights, output_loading_info=True, **kwargs
         )
         if left := {k: v for k, v in info.items() if v}:
             raise ViCAError(f"the weights of {folder} did not load whole: {left}")
         model.config.name_or_path = str(path_or_repo)
-        model.generation_config = checkpoint.generation_config(folder) or model.generation_config
+        model.generation_config = files.generation_config(folder) or model.generation_config
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, max_shard_size=checkpoint.SHARD_SIZE, **kwargs):
+    def save_pretrained(self, save_directory, *args, max_shard_size=files.SHARD_SIZE, **kwargs):
         """Our layout: LLaVA's names and flat config.json, with the wiring and the tower inside."""
-        kept, self.generation_config = self.generation_config, checkpoint.savable(self.generation_config)
+        kept, self.generation_config = self.generation_config, files.savable(self.generation_config)
         try:
             return super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
         finally:
             self.generation_config = kept
 
     def load_projector(self, path) -> None:
-        checkpoint.load_projector(self, path)
+        files.load_projector(self, path)
 
     def set_variant(self, variant: str | None = None, t2v_layers=None, freeze_prefix=None) -> None:
         """Rewires the model in place: the weights are the same for every variant."""

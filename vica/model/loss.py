@@ -4,8 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import ViCAError
-from .tokens import Tokens
+from ..utils.errors import ViCAError
+from .layout import Tokens
 
 IGNORE = -100
 

@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from scripts.toy.language import text_question
+
 from .benchmark_parts import (
     cases,
     entry,
@@ -15,7 +17,6 @@ from .benchmark_parts import (
     write_lines,
 )
 from .forms import LETTERS, hint, listed
-from .language import text_question
 from .questions import LETTER, Fact
 from .world import Scene
 

@@ -15,9 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from ..errors import ViCAError
-from ..files import whole_folder
-from ..program import exit_status
+from ..utils.errors import ViCAError
+from ..utils.files import whole_folder
+from ..utils.program import exit_status
 from . import benchmark_choices, benchmark_mmbench, benchmark_words, benchmark_yesno
 
 FOLDER = Path("playground/toy/eval")

@@ -5,7 +5,7 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 
 
 def read_questions(path: Path) -> list[dict]:

@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from ..errors import ViCAError
+from ..utils.errors import ViCAError
 from . import letters
 
 SIDE, PLACE = 112, 37  # pixels of a picture, and from one place to the next

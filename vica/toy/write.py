@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ..errors import ViCAError
-from ..files import whole_folder
-from ..program import exit_status
+from scripts.toy.language import text_question
+
+from ..utils.errors import ViCAError
+from ..utils.files import whole_folder
+from ..utils.program import exit_status
 from .captions import INSTRUCTIONS, caption
 from .cores import in_order
 from .forms import vary
-from .language import text_question
 from .questions import Question, ask
 from .world import Scene, draw, random_scene
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..errors import ViCAError
-from ..model.checkpoint import read_recipe
-from ..model.plan import VARIANTS
+from ..checkpoint.files import read_recipe
+from ..plan.layer import VARIANTS
+from ..utils.errors import ViCAError
 from .stages import STAGES
 
 ABOUT = "Train stage 1 (the projector) or stage 2 (projector and language model) on LLaVA's data formats."

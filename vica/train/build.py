@@ -6,15 +6,15 @@ import torch
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..checkpoint import files
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
-from ..errors import ViCAError
 from ..loading import load_processor
-from ..model import checkpoint
-from ..model.config import ViCAConfig
 from ..model.llava import ViCAForConditionalGeneration
-from ..model.plan import parse_prefix_rule
-from ..model.projector import build_projector
+from ..plan.config import ViCAConfig
+from ..plan.layer import parse_prefix_rule
+from ..utils.errors import ViCAError
+from ..vision.projectors import build_projector
 
 PROJECTOR = "model.mm_projector."
 # What a model sees with, where it starts from a plain language model.
@@ -23,10 +23,10 @@ SEEING = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_v
 
 def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
     cache_dir = train_args.cache_dir
-    folder = checkpoint.find_folder(model_args.model_name_or_path, cache_dir=cache_dir)
-    raw = checkpoint.read_json(folder / "config.json")
-    fresh = checkpoint.is_language_model(raw)
-    config = checkpoint.apply_settings(
+    folder = files.find_folder(model_args.model_name_or_path, cache_dir=cache_dir)
+    raw = files.read_json(folder / "config.json")
+    fresh = files.is_language_model(raw)
+    config = files.apply_settings(
         new_config(raw, model_args) if fresh else known_config(raw, model_args),
         variant=model_args.variant,
         t2v_layers=model_args.t2v_layers,
@@ -41,13 +41,13 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
         raise ViCAError(f"{folder} has no vision tower and --vision_tower names none")
 
     set_seed(train_args.seed)  # of a new projector, and of adapters
-    weights = checkpoint.read_with_tower(folder, config, cache_dir)
+    weights = files.read_with_tower(folder, config, cache_dir)
     if model_args.pretrain_mm_mlp_adapter:
         weights = {name: x for name, x in weights.items() if not name.startswith(PROJECTOR)}
-        weights |= checkpoint.read_projector(model_args.pretrain_mm_mlp_adapter)
+        weights |= files.read_projector(model_args.pretrain_mm_mlp_adapter)
     elif fresh:
         weights |= new_projector(config)
-    checkpoint.check_weights(ViCAForConditionalGeneration, config, weights, folder)
+    files.check_weights(ViCAForConditionalGeneration, config, weights, folder)
     model = ViCAForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=loading_dtype(train_args), **quantisation(train_args)
     )

@@ -1,26 +1,8 @@
-"""Adapters on the language model: put on, and merged back in."""
+"""LoRA adapters on the language model, for training."""
 
-import re
-from pathlib import Path
-
-import torch
 from torch import nn
 
-from ..errors import ViCAError
-from ..model import checkpoint
-from ..model.config import ViCAConfig
-from ..model.llava import ViCAForConditionalGeneration
-from .stages import is_adapter
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise ViCAError("adapters need peft: pip install 'vica[train]'") from error
-    return peft
+from ..checkpoint.adapters import peft
 
 
 def add_adapters(model, args):
@@ -38,51 +20,3 @@ def add_adapters(model, args):
         task_type="CAUSAL_LM",
     )
     return peft().get_peft_model(model, config)
-
-
-def base_of(folder: Path) -> str:
-    """What the adapters were trained on, as they tell it."""
-    name = checkpoint.read_json(folder / checkpoint.ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not name:
-        raise ViCAError(f"{folder / checkpoint.ADAPTER_CONFIG} does not name its base model: give --base")
-    return name
-
-
-def merged_weights(folder: Path, base: Path, config: ViCAConfig) -> dict[str, torch.Tensor]:
-    """A whole model's, in the base's precision: the base's weights, what else had learned in place of its own, and the
-    adapters added. `base` may be a plain language model; `folder` may be LLaVA's."""
-    adapters = read_adapters(folder)
-    weights = checkpoint.read_with_tower(base, config) | read_others(folder)
-    checkpoint.check_weights(ViCAForConditionalGeneration, config, weights, f"{folder} on {base}")
-    dtype = weights["model.embed_tokens.weight"].dtype
-    model = ViCAForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    settings = peft().PeftConfig.from_pretrained(str(folder))
-    settings.exclude_modules = r"(.*\.)?vision_tower\..*"  # LLaVA names the layers that the tower has too
-    try:
-        model = peft().PeftModel.from_pretrained(model, str(folder), config=settings)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ViCAError(f"the adapters of {folder} do not fit {base}: {reason}") from error
-    placed = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
-    if wrong := sorted(name for name in adapters.keys() ^ placed.keys() if is_adapter(name)):
-        raise ViCAError(f"the adapters of {folder} do not fit {base}: {wrong[0]} is in one of the two only")
-    return model.merge_and_unload().state_dict()
-
-
-def read_adapters(folder: Path) -> dict[str, torch.Tensor]:
-    path = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise ViCAError(f"{folder} holds no {' or '.join(ADAPTER_FILES)}")
-    return checkpoint.read_file(path)
-
-
-def read_others(folder: Path) -> dict[str, torch.Tensor]:
-    """The projector, and whatever else learned in full."""
-    path = folder / checkpoint.NON_LORA_FILE
-    return {own_name(name): x for name, x in checkpoint.read_file(path).items()} if path.is_file() else {}
-
-
-def own_name(name: str) -> str:
-    """Without what peft adds: how much it puts in front depends on who wrapped the model."""
-    bare = re.sub(r"^(base_model\.)?(model\.)*", "", name).replace(".base_layer.", ".")
-    return bare if bare.startswith("lm_head.") else f"model.{bare}"

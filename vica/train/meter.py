@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..model.config import ViCAConfig
-from ..model.flops import sample_flops
 from ..model.loss import IGNORE
-from ..model.sizes import visual_tokens
+from ..plan.config import ViCAConfig
+from ..plan.flops import sample_flops
+from ..plan.sizes import visual_tokens
 from .stages import Trained
 
 # Dense half-precision peaks by a part of the device's name, TFLOP/s, as their maker states them.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ViCAError
-from ..files import one_name
-from ..model.checkpoint import read_json
-from ..model.config import ViCAConfig
+from ..checkpoint.files import read_json
+from ..plan.config import ViCAConfig
+from ..utils.errors import ViCAError
+from ..utils.files import one_name
 from .saving import TRAINED_FILE
 from .stages import Trained
 

@@ -12,10 +12,10 @@ from ..data.collate import Collator
 from ..data.samples import Samples, Stream, open_samples
 from ..data.skipped import Skipped, forget_repaired
 from ..data.training import TrainingSet, TrainingStream, check_folder
-from ..errors import ViCAError
-from ..files import held, room_needed
-from ..model.sizes import visual_tokens
-from ..program import exit_status, quiet_transformers
+from ..plan.sizes import visual_tokens
+from ..utils.errors import ViCAError
+from ..utils.files import held, room_needed
+from ..utils.program import exit_status, quiet_transformers
 from . import curve, saving
 from .arguments import one_line_complaints, parse
 from .build import build, loading_dtype, widen

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from ..errors import ViCAError
-from ..model.checkpoint import NON_LORA_FILE, PROJECTOR_FILE, holds_adapters
-from .stages import Trained, is_adapter, part_of
+from ..checkpoint.adapters import is_adapter
+from ..checkpoint.files import NON_LORA_FILE, PROJECTOR_FILE, holds_adapters
+from ..utils.errors import ViCAError
+from .stages import Trained, part_of
 
 UNFINISHED = "unfinished"  # inside the output folder; left behind by a run that was killed while it saved
 TRAINED_FILE = "trained.safetensors"

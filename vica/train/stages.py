@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import ViCAError
+from ..checkpoint.adapters import is_adapter
+from ..utils.errors import ViCAError
 
 STAGES = ("pretrain", "finetune")
 
@@ -51,10 +52,6 @@ def part_of(name: str) -> str:
         if any(beginning in name for beginning in beginnings):
             return part
     raise ViCAError(f"{name} belongs to no part of the model that is known here")
-
-
-def is_adapter(name: str) -> bool:
-    return "lora_" in name
 
 
 def freeze(model: nn.Module, trained: Trained) -> None:

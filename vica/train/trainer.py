@@ -9,8 +9,8 @@ from transformers import Trainer
 
 from ..data.grouping import LengthGroupedSampler
 from ..data.skipped import Skipped
-from ..errors import ViCAError
-from ..files import room_needed
+from ..utils.errors import ViCAError
+from ..utils.files import room_needed
 from . import saving
 from .arguments import one_line_complaints
 from .meter import Meter

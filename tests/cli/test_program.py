@@ -1,0 +1,41 @@
+"""How every program ends: one line for what its user can mend, a traceback for what is our fault."""
+
+import pytest
+import torch
+
+from vica.utils.errors import ViCAError
+from vica.utils.program import exit_status
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (ViCAError("T2V layer 40\nis beyond  the model's 32"), 1, "vica ask: T2V layer 40 is beyond the model's 32\n"),
+        (FileNotFoundError(2, "No such file", "a.png"), 1, "vica ask: [Errno 2] No such file: 'a.png'\n"),
+        (torch.OutOfMemoryError("tried 3 TiB\nof 1"), 1, "vica ask: out of memory: tried 3 TiB\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_one_line(error, status, said, capsys):
+    def work():
+        raise error
+
+    assert exit_status("vica ask", work) == status
+    assert capsys.readouterr() == ("", said)
+
+
+def test_interrupted_with_a_word(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    assert exit_status("vica train", work, "goes on later") == 130
+    assert capsys.readouterr().err == "vica train: goes on later\n"
+
+
+def test_a_fault_of_ours_is_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_status("vica ask", lambda: 1 // 0)
+
+
+def test_status_of_the_work():
+    assert exit_status("vica train", lambda: 3) == 3 and exit_status("vica train", lambda: None) == 0

@@ -1,0 +1,124 @@
+"""The configuration saved with every checkpoint: the Llama backbone, the tower, and how the layers are wired.
+
+Multimodal fields carry LLaVA's names (`mm_projector_type`, ...), so that one config.json serves both code bases.
+"""
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from ..utils.errors import ViCAError
+from . import formats
+from .layer import VARIANTS, LayerPlan, check_freeze_prefix, make_plan, missing_layers_message, parse_t2v_layers
+
+IMAGE_TOKEN_INDEX = -200
+PROJECTORS = ("linear", "mlp2x_gelu", "identity")
+
+
+@strict
+class TextConfig(LlamaConfig):
+    """LlamaConfig plus what the Mistral and Qwen2 shapes need: biases on q, k, v but not on the output."""
+
+    attention_out_bias: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if (kind := (self.rope_parameters or {}).get("rope_type")) in ("dynamic", "longrope"):
+            raise ViCAError(f"rope_type is {kind!r}: frequencies that change with the length are not supported")
+        if self.attention_dropout:
+            raise ViCAError(f"attention_dropout is {self.attention_dropout}; only 0 is supported")
+
+
+class ViCAConfig(PreTrainedConfig):
+    """See the package's README for a tour. `text_config` takes any field of transformers' LlamaConfig; `vision_config`
+    any of CLIPVisionConfig (or another tower's, told by its `model_type`); None means the caller brings features."""
+
+    model_type = "vica"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs = {"text_config": TextConfig, "vision_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    variant: str = "accel"
+    t2v_layers: list | tuple | None = None
+    freeze_prefix: bool | int = True
+    image_token_index: int = IMAGE_TOKEN_INDEX
+    tie_word_embeddings: bool = False
+    mm_vision_tower: str | None = None
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_hidden_size: int | None = None
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    image_aspect_ratio: str | None = "pad"
+    conversation: str = "vicuna_v1"
+
+    def __post_init__(self, **kwargs):
+        self.text_config = as_text_config(self.text_config)
+        self.vision_config = as_vision_config(self.vision_config)
+        if self.vision_config is not None:
+            self.mm_hidden_size = self.vision_config.hidden_size
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        if self.variant not in VARIANTS:
+            raise ViCAError(f"variant is {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        if self.t2v_layers is not None:
+            self.t2v_layers = parse_t2v_layers(self.t2v_layers, layers)
+        self.freeze_prefix = check_freeze_prefix(self.freeze_prefix, layers)
+        if self.mm_projector_type not in PROJECTORS:
+            raise ViCAError(f"mm_projector_type is {self.mm_projector_type!r}; known: {', '.join(PROJECTORS)}")
+        if self.mm_vision_select_feature not in ("patch", "cls_patch"):
+            raise ViCAError(f"mm_vision_select_feature is {self.mm_vision_select_feature!r}; known: patch, cls_patch")
+
+    def require_layers(self) -> None:
+        """Layers left unnamed are no empty list: before images meet the model, somebody must have named them."""
+        if self.t2v_layers is None and self.variant != "dense":
+            raise ViCAError(missing_layers_message(self.variant, self.text_config.num_hidden_layers))
+
+    @property
+    def plan(self) -> list[LayerPlan]:
+        return make_plan(self.variant, self.text_config.num_hidden_layers, self.t2v_layers, self.freeze_prefix)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return formats.read_config(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(formats.read_config(config_dict), **kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """What is written to config.json: LLaVA's flat form, which LLaVA's own loader reads too."""
+        return formats.flat_config(self, super().to_diff_dict())
+
+
+def as_text_config(value) -> TextConfig:
+    if isinstance(value, TextConfig):
+        return value
+    given = value.to_dict() if isinstance(value, PreTrainedConfig) else dict(value or {})
+    return checked("text_config", TextConfig, formats.llama_shape(given))
+
+
+def as_vision_config(value):
+    if value is None or isinstance(value, PreTrainedConfig):
+        return value
+    given = dict(value)
+    return checked("vision_config", AutoConfig.for_model, {"model_type": "clip_vision_model", **given})
+
+
+def checked(what: str, make, fields: dict):
+    """transformers' own complaints about a config take several lines."""
+    try:
+        return make(**fields)
+    except ViCAError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise ViCAError(f"{what}: {' '.join(reason.split())}") from error
