@@ -403,4 +403,4 @@ def test_a_plot_without_matplotlib(capsys, monkeypatch):
 
 def test_dense_is_the_same_weights_wired_otherwise():
     config = tiny_config()
-    assert dense(config).plan[0].visual_updated and not config.plan[0].visual_updated
+    assert dense(config).plan[0].updates and not config.plan[0].updates

@@ -17,7 +17,7 @@ from PIL import Image
 import vica
 from vica.cli.main import VERBS, main
 from vica.cli.talk import Talk
-from vica.plan.layer import VARIANTS
+from vica.plan.vica import VARIANTS
 from vica.testing import save
 
 UTF_8 = {"PYTHONUTF8": "1"}

@@ -11,7 +11,8 @@ from tests.builders import IMAGE, tiny_config
 from vica.model.flow_mask import visible
 from vica.model.generation import repeat_by_row
 from vica.model.layout import expand, pad_index
-from vica.plan.layer import PUBLISHED, LayerPlan, make_plan
+from vica.plan.layer import LayerPlan
+from vica.plan.vica import PUBLISHED, make_plan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("vica-*.json"))
 
@@ -75,11 +76,11 @@ def test_later_turns_go_on_where_the_row_stands():
 def test_prefix_rules(rule, attends):
     plan = make_plan("accel", 4, [1], rule)
     assert "".join("x" if p.prefix_attends else "." for p in plan) == attends
-    assert [p.text_sees_visual for p in plan] == [False, True, False, False]
+    assert [p.reads for p in plan] == [False, True, False, False]
 
 
 def test_dense_updates_everything():
-    assert set(make_plan("dense", 3, None, True)) == {LayerPlan(True, True, True)}
+    assert set(make_plan("dense", 3, None, True)) == {LayerPlan("update", text_reads=True, prefix_attends=True)}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -92,7 +92,7 @@ class Counted:
     def together(self, held: Held) -> int:
         """The prefix once, each image once (dense: once a request), each request's text and the answer it may give."""
         of_visual, of_row = kv_bytes(self.config, self.itemsize)
-        images = held.requests if self.config.plan[0].visual_updated else held.number_of_images
+        images = held.requests if self.config.plan[0].updates else held.number_of_images
         rows = self.shape.prefix + held.requests * (self.shape.text + self.shape.answer - 1)
         return rows * of_row + images * self.shape.visual * of_visual
 

@@ -13,7 +13,7 @@ from ..loading import check_device, check_dtype, load
 from ..model.llava import ViCAForConditionalGeneration
 from ..plan import formats
 from ..plan.config import ViCAConfig
-from ..plan.layer import PUBLISHED
+from ..plan.vica import PUBLISHED
 from ..testing import build_config, build_tokenizer
 from ..utils.errors import ViCAError
 from .peers import Transformers, fill_tables, share

@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..plan import formats
 from ..plan.config import ViCAConfig
-from ..plan.layer import parse_t2v_layers
+from ..plan.vica import parse_t2v_layers
 from ..utils.errors import ViCAError
 
 log = logging.getLogger(__name__)

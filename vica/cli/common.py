@@ -6,7 +6,7 @@ from ..data.processor import ViCAProcessor
 from ..engine import Request
 from ..loading import load
 from ..model.llava import ViCAForConditionalGeneration
-from ..plan.layer import VARIANTS, parse_prefix_rule
+from ..plan.vica import VARIANTS, parse_prefix_rule
 from ..utils.errors import ViCAError
 from ..utils.program import DEFAULT, quiet_transformers
 

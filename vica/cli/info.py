@@ -54,7 +54,7 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
         ("variant", config.variant),
         ("backbone", f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads "
                      f"({text.num_key_value_heads} for keys), vocabulary {text.vocab_size}"),
-        ("text sees", marks(p.text_sees_visual for p in plan) + f"  {sum(p.text_sees_visual for p in plan)} layers"),
+        ("text sees", marks(p.reads for p in plan) + f"  {sum(p.reads for p in plan)} layers"),
         ("prefix", marks(p.prefix_attends for p in plan) + "  attends where marked"),
         ("parameters", ", ".join(f"{name} {count(ps):,}" for name, ps in parts.items() if ps)),
     ]  # fmt: skip

@@ -54,7 +54,7 @@ def shares(model, kv_bytes: int | None, image_bytes: int | None, window_bytes: i
     room = max(0, free - int(RESERVE * total))
     if kv_bytes is not None:
         return kv_bytes, max(0, room - kv_bytes)
-    share = 0.05 if model.config.plan[0].visual_updated else 0.5  # dense keeps features only
+    share = 0.05 if model.config.plan[0].updates else 0.5  # dense keeps features only
     images = int(share * room) if image_bytes is None else image_bytes
     return max(room - images, min(window_bytes, free // 2)), images
 

@@ -15,7 +15,7 @@ class Decoder:
         self.layers: list[LayerWeights] = [fuse_layer(block) for block in blocks]
         self.plan, self.ops, self.pools = plan, ops, pools
         # where each layer's K/V lie in an image's, None where text sees no image K/V
-        seeing = [i for i, p in enumerate(plan) if p.text_sees_visual and not p.visual_updated]
+        seeing = [i for i, p in enumerate(plan) if p.reads_frozen]
         self.image_layers = seeing
         self.image_layer_of = [seeing.index(i) if i in seeing else None for i in range(len(plan))]
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..kernels.weights import check_plain
 from ..model.generation import PLAIN
 from ..model.llava import ViCAForConditionalGeneration
+from ..plan.layer import is_uniform
 from ..plan.sizes import visual_tokens
 from ..utils.errors import ViCAError
 from ..utils.hashing import fingerprint
@@ -63,6 +64,11 @@ class Engine:
             raise ViCAError(f"the engine runs a ViCAForConditionalGeneration, not a {type(model).__name__}")
         if model.config.variant not in ("accel", "dense"):
             raise ViCAError(f"the engine runs variants accel and dense, not {model.config.variant!r}")
+        if not is_uniform(model.config.plan):
+            raise ViCAError(
+                "the engine runs plans with the same visual tokens in every layer, and this model's plan mixes or "
+                "drops them: use model.generate"
+            )
         self.model, self.processor, self.config = model.eval(), processor, model.config
         check_plain(model.lm_head)
         budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)

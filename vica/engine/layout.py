@@ -57,7 +57,7 @@ def lay_out(ids: list[int], sizes: list[int], image_token: int, plan: list[Layer
     length[columns] = sizes
     pos = np.cumsum(length) - length  # of each column's first token
     total, prefix = int(length.sum()), int(columns[0]) if len(columns) else 0
-    if plan[0].visual_updated:
+    if plan[0].updates:
         rows, at, first_rows = np.repeat(np.where(is_image, VISUAL, row), length), np.arange(total), pos[columns]
     else:
         rows, at, first_rows = row[~is_image], pos[~is_image], columns - np.arange(len(columns))

@@ -40,7 +40,7 @@ class Runner:
     def __init__(self, model, max_batch: int, slots: int, cuda_graphs: bool):
         self.model, config = model, model.config
         text, self.device, self.dtype = config.text_config, model.device, model.dtype
-        self.images_are_kv = not config.plan[0].visual_updated
+        self.images_are_kv = not config.plan[0].updates
         self.freezes_prefix = any(not p.prefix_attends for p in config.plan)
         self.width = text.max_position_embeddings
         rope = model.model.rotary(torch.arange(self.width, device=self.device), torch.float32)

@@ -22,9 +22,9 @@ class AccelFlow:
     def __init__(self, call: Call):
         self.call, self.tokens = call, call.tokens
         tokens, plan = call.tokens, call.plan
-        live = ~tokens.visual | plan[0].visual_updated
+        live = ~tokens.visual | plan[0].updates
         rows = np.nonzero(live)[0]
-        self.prefix = tokens.prefix & (not plan[0].visual_updated)
+        self.prefix = tokens.prefix & (not plan[0].updates)
         self.packed = rows[np.argsort(~self.prefix[rows], kind="stable")]  # token of each hidden row
         self.prefix_rows = int(self.prefix.sum())
         self.frozen_tokens = np.nonzero(~live)[0]
@@ -93,10 +93,10 @@ class Route:
     def __init__(self, flow: AccelFlow, plan: LayerPlan):
         tokens = flow.tokens
         self.flow, self.cache = flow, flow.call.cache
-        self.reads_frozen = plan.text_sees_visual and not plan.visual_updated
-        self.keys = np.ones(len(tokens), bool) if plan.text_sees_visual else ~tokens.visual
+        self.reads_frozen = plan.reads_frozen
+        self.keys = np.ones(len(tokens), bool) if plan.reads else ~tokens.visual
         self.first_query = 0 if plan.prefix_attends else flow.prefix_rows
-        self.book = "all" if plan.text_sees_visual else "text"
+        self.book = "all" if plan.reads else "text"
 
     def store(self, layer_idx: int, k, v):
         """Adds the call's K/V to the cache; returns all that the layer holds, [B, H, S, D]."""

@@ -37,7 +37,7 @@ class MaskFlow:
             cache.layer_books = ["all"] * len(call.plan)
         book.append(tokens, np.ones(len(tokens), bool))
         self.k_pos, self.k_visual = book.pos, book.visual
-        self.masks = {sees: self._mask(sees) for sees in {p.text_sees_visual for p in call.plan}}
+        self.masks = {sees: self._mask(sees) for sees in {p.reads for p in call.plan}}
 
     def _mask(self, sees_visual: bool) -> torch.Tensor:
         allowed = visible(self.pos, self.k_pos, self.k_visual, sees_visual)
@@ -64,12 +64,12 @@ class MaskFlow:
         k, v = (x.transpose(1, 2) for x in attention.keys_values(normed, self.rope))
         if self.call.cache is not None:
             k, v = self.call.cache.update(k, v, block.layer_idx)
-        mixed = self.heads(q, k, v, self.masks[plan.text_sees_visual])
+        mixed = self.heads(q, k, v, self.masks[plan.reads])
         update = attention.o_proj(mixed.transpose(1, 2).flatten(2))
         return hidden + (update if plan.prefix_attends else update.masked_fill(self.prefix, 0))
 
     def settle(self, block: Block, hidden, shown):
-        return hidden if self.call.plan[block.layer_idx].visual_updated else torch.where(self.visual, shown, hidden)
+        return hidden if self.call.plan[block.layer_idx].updates else torch.where(self.visual, shown, hidden)
 
     def text(self, hidden):
         return hidden.flatten(0, 1)[self._text_rows]

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..checkpoint import files
 from ..kernels.transfer import to_device
 from ..plan.config import ViCAConfig
-from ..plan.layer import parse_t2v_layers
+from ..plan.vica import parse_t2v_layers
 from ..utils.errors import ViCAError
 from .cache import ViCACache
 from .decoder import ViCAModel, ViCAPreTrainedModel

@@ -9,7 +9,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from ..utils.errors import ViCAError
 from . import formats
-from .layer import VARIANTS, LayerPlan, check_freeze_prefix, make_plan, missing_layers_message, parse_t2v_layers
+from .layer import LayerPlan, check_plan, plan_from_json, plan_to_json
+from .vica import VARIANTS, check_freeze_prefix, make_plan, missing_layers_message, parse_t2v_layers
 
 IMAGE_TOKEN_INDEX = -200
 PROJECTORS = ("linear", "mlp2x_gelu", "identity")
@@ -45,6 +46,7 @@ class ViCAConfig(PreTrainedConfig):
     variant: str = "accel"
     t2v_layers: list | tuple | None = None
     freeze_prefix: bool | int = True
+    custom_plan: list | None = None  # tables of LayerPlan's fields; set it through `plan`
     image_token_index: int = IMAGE_TOKEN_INDEX
     tie_word_embeddings: bool = False
     mm_vision_tower: str | None = None
@@ -71,19 +73,30 @@ class ViCAConfig(PreTrainedConfig):
         if self.t2v_layers is not None:
             self.t2v_layers = parse_t2v_layers(self.t2v_layers, layers)
         self.freeze_prefix = check_freeze_prefix(self.freeze_prefix, layers)
+        if self.custom_plan is not None:
+            self.plan = self.custom_plan
         if self.mm_projector_type not in PROJECTORS:
             raise ViCAError(f"mm_projector_type is {self.mm_projector_type!r}; known: {', '.join(PROJECTORS)}")
         if self.mm_vision_select_feature not in ("patch", "cls_patch"):
             raise ViCAError(f"mm_vision_select_feature is {self.mm_vision_select_feature!r}; known: patch, cls_patch")
 
     def require_layers(self) -> None:
-        """Layers left unnamed are no empty list: before images meet the model, somebody must have named them."""
-        if self.t2v_layers is None and self.variant != "dense":
+        """Raises ViCAError where no layers were named, which is not the same as an empty list of layers."""
+        if self.t2v_layers is None and self.variant != "dense" and self.custom_plan is None:
             raise ViCAError(missing_layers_message(self.variant, self.text_config.num_hidden_layers))
 
     @property
     def plan(self) -> list[LayerPlan]:
+        """What each layer does: as assigned, else what variant, t2v_layers and freeze_prefix say."""
+        if self.custom_plan is not None:
+            return plan_from_json(self.custom_plan)
         return make_plan(self.variant, self.text_config.num_hidden_layers, self.t2v_layers, self.freeze_prefix)
+
+    @plan.setter
+    def plan(self, layers) -> None:
+        plan = plan_from_json(layers)
+        check_plan(plan, self.text_config.num_hidden_layers)
+        self.custom_plan = plan_to_json(plan)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

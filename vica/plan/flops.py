@@ -44,9 +44,9 @@ def visual_flops(config: ViCAConfig, visual: int, before: int = 0) -> int:
     attention = attention_flops(config, visual * before + causal_pairs(visual))
     total = 0
     for plan in config.plan:
-        if plan.visual_updated:
+        if plan.updates:
             total += visual * layer.whole + attention
-        elif plan.text_sees_visual:
+        elif plan.reads:
             total += visual * layer.keys_values
     return total
 
@@ -75,12 +75,12 @@ def prefill_flops(
         attends = plan.prefix_attends or not visual
         linear += text * layer.whole + own * (layer.whole if attends else layer.whole - layer.queries_output)
         pairs += text * prefix + causal_pairs(text) + (causal_pairs(own) if attends else 0)
-        if plan.text_sees_visual:
+        if plan.reads:
             pairs += text * visual
-        if plan.visual_updated:
+        if plan.updates:
             linear += visual * layer.whole
             pairs += visual * prefix + causal_pairs(visual)
-        elif plan.text_sees_visual and not image_kept:
+        elif plan.reads and not image_kept:
             linear += visual * layer.keys_values
     return PrefillFlops(linear, attention_flops(config, pairs))
 
@@ -90,7 +90,7 @@ def sample_flops(config: ViCAConfig, text: int, visual: int, scored: int) -> int
     `scored` of which have a label and so logits."""
     layer, total = LayerFlops.of(config), 2 * scored * config.text_config.hidden_size * config.text_config.vocab_size
     for plan in config.plan:
-        pairs = causal_pairs(text) + (text * visual if plan.text_sees_visual else 0)
+        pairs = causal_pairs(text) + (text * visual if plan.reads else 0)
         total += text * layer.whole + attention_flops(config, pairs)
     return total + visual_flops(config, visual)
 

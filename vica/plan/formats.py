@@ -20,7 +20,7 @@ BACKBONES = {"llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "
 
 # Fields of ViCAConfig that config.json holds as they are.
 OWN_FIELDS = (
-    "variant", "t2v_layers", "freeze_prefix", "image_token_index", "conversation", "image_aspect_ratio",
+    "variant", "t2v_layers", "freeze_prefix", "custom_plan", "image_token_index", "conversation", "image_aspect_ratio",
     "mm_vision_tower", "mm_projector_type", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature",
 )  # fmt: skip
 COMMON_FIELDS = (

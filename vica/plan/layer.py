@@ -1,98 +1,131 @@
-"""What each decoder layer does with each token group, as data.
+"""What each decoder layer does with each group of tokens, as data.
 
-A plan is made once from the config; the decoder only follows it. A new wiring (another set of layers, a prefix rule,
-visual tokens that leave halfway) is a new plan, not a new model class.
+A plan is a list with one LayerPlan a layer, and any mixture is legal: the flows in vica/model follow it and hold no
+wiring of their own. A new method is a new plan, never a new model class.
+
+    dense                 update in every layer
+    ViCA                  read in the T2V layers, skip in the others
+    ShortV                read in some layers, update in the others
+    VTW                   update, and a drop that keeps nothing
+    FastV, PyramidDrop    update, and drops that keep the visual tokens with the highest attention
 """
 
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from ..utils.errors import ViCAError
 
-VARIANTS = ("accel", "mask", "dense")
+VISUAL = ("update", "read", "skip")
+RANKS = ("previous", "own")
+ROUNDINGS = {"round": round, "down": math.floor}
 
-# The layer lists the authors published, and the prefix rule each model was trained with (whole recipes: configs/).
-PUBLISHED = {
-    "LLaVA-1.5-3B": ([0, 1, 14, 15, 18, 19, 21, 22, 23], False),
-    "LLaVA-1.5-7B": ([0, 1, 7, 8, 9, 10, 11, 14], True),
-    "LLaVA-1.5-13B": ([0, 6, 8, 9, 10, 13, 14, 16], False),
-}
+
+@dataclass(frozen=True)
+class Drop:
+    """Visual tokens that leave for good before a layer.
+
+    `keep` is a share of the visual tokens that a sequence's call brought, all its images together; earlier drops take
+    from the same count. `rank` says which stay: those with the highest attention from the last prompt token, in the
+    layer before ("previous") or in this layer on all tokens that are still there ("own"). None keeps all or nothing.
+    `renumber` closes the gap in the positions; otherwise every token keeps its own.
+    """
+
+    keep: float
+    rank: str | None = None
+    rounding: str = "round"
+    renumber: bool = False
+
+    def count(self, first: int, present: int) -> int:
+        """Returns how many of `present` visual tokens stay, of `first` that the call brought. The host knows all sizes
+        before layer 0, so no drop waits for the device."""
+        return min(present, ROUNDINGS[self.rounding](first * self.keep))
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. `visual_updated`: visual tokens are hidden states like any other (dense); otherwise they are frozen.
-    `text_sees_visual`: visual keys and values take part in text's attention. `prefix_attends`: the tokens before
-    the first image get an attention update (their FFN update they get always)."""
+    """One layer.
 
-    visual_updated: bool
-    text_sees_visual: bool
-    prefix_attends: bool
+    `visual`: "update" makes visual tokens hidden states like any other; "read" leaves them as they are and computes
+    their keys and values; "skip" leaves them alone. `text_reads`: text attends to visual keys. `prefix_attends`: the
+    tokens before the first image get an attention update (they always get their FFN update).
+    """
+
+    visual: str = "update"
+    text_reads: bool = True
+    prefix_attends: bool = True
+    drop: Drop | None = None
+
+    @property
+    def updates(self) -> bool:
+        return self.visual == "update"
+
+    @property
+    def reads(self) -> bool:
+        """Whether text attends to visual tokens."""
+        return self.text_reads and self.visual != "skip"
+
+    @property
+    def reads_frozen(self) -> bool:
+        """Whether text attends to visual tokens that this layer does not update: the T2V layers of ViCA."""
+        return self.text_reads and self.visual == "read"
 
 
-def make_plan(
-    variant: str, num_layers: int, t2v_layers: list[int] | None, freeze_prefix: bool | int
-) -> list[LayerPlan]:
-    if variant == "dense":
-        return [LayerPlan(visual_updated=True, text_sees_visual=True, prefix_attends=True)] * num_layers
-    frozen_from, seeing = first_frozen_layer(freeze_prefix, num_layers), set(t2v_layers or [])
-    return [
-        LayerPlan(visual_updated=False, text_sees_visual=i in seeing, prefix_attends=i < frozen_from)
-        for i in range(num_layers)
-    ]
+def check_plan(plan: Sequence[LayerPlan], num_layers: int) -> None:
+    """Raises ViCAError where a plan does not fit the model or cannot be followed."""
+    if len(plan) != num_layers:
+        raise ViCAError(f"the plan has {len(plan)} layers, the model {num_layers}")
+    left = 1.0
+    for i, layer in enumerate(plan):
+        where = f"layer {i} of the plan"
+        if layer.visual not in VISUAL:
+            raise ViCAError(f"{where} has visual={layer.visual!r}; it must be one of {', '.join(VISUAL)}")
+        if (drop := layer.drop) is None:
+            continue
+        if not 0 <= drop.keep <= left:
+            raise ViCAError(f"{where} keeps {drop.keep} of the visual tokens; it must be a share from 0 to {left}")
+        if drop.rounding not in ROUNDINGS:
+            raise ViCAError(f"{where} has rounding={drop.rounding!r}; it must be one of {', '.join(ROUNDINGS)}")
+        if drop.rank not in (None, *RANKS):
+            raise ViCAError(f"{where} ranks by {drop.rank!r}; it must be one of {', '.join(RANKS)} or none")
+        if drop.rank is None and drop.keep not in (0, left):
+            raise ViCAError(f"{where} keeps {drop.keep} of the visual tokens without a rank that says which")
+        ranking = layer if drop.rank == "own" else plan[i - 1] if drop.rank and i else None
+        if drop.rank and (ranking is None or not ranking.reads):
+            raise ViCAError(f"{where} ranks by attention that does not exist: text reads no visual tokens there")
+        left = drop.keep
 
 
-def first_frozen_layer(freeze_prefix: bool | int, num_layers: int) -> int:
-    """The first layer in which prefix tokens get no attention update; num_layers if there is none."""
-    if isinstance(freeze_prefix, bool):
-        return 0 if freeze_prefix else num_layers
-    return freeze_prefix
+def is_uniform(plan: Sequence[LayerPlan]) -> bool:
+    """Whether the visual tokens are the same in every layer: all updated and read, or all frozen, none dropped."""
+    frozen = {layer.updates for layer in plan}
+    return len(frozen) == 1 and all(layer.drop is None and (layer.reads or not layer.updates) for layer in plan)
 
 
-def parse_t2v_layers(value, num_layers: int, source: str = "t2v_layers") -> list[int]:
-    """A list of layer numbers from a list or a JSON string, sorted; anything else is an error that names the value."""
-    layers = value
-    if isinstance(value, str):
+def drops_before(plan: Sequence[LayerPlan]) -> list[int]:
+    """Returns each layer's segment: how many drops stand before it. Layers of a segment hold the same tokens."""
+    segments, count = [], 0
+    for layer in plan:
+        count += layer.drop is not None
+        segments.append(count)
+    return segments
+
+
+def plan_to_json(plan: Sequence[LayerPlan]) -> list[dict]:
+    return [asdict(layer) for layer in plan]
+
+
+def plan_from_json(layers: Sequence) -> list[LayerPlan]:
+    """Returns the plan that a list of tables describes; LayerPlan objects stay as they are."""
+    plan = []
+    for i, layer in enumerate(layers):
         try:
-            layers = json.loads(value)
-        except json.JSONDecodeError:
-            layers = None
-    allowed = f"a list of different whole numbers from 0 to {num_layers - 1}, such as [0, 1]"
-    if not isinstance(layers, (list, tuple)):
-        raise ViCAError(f"{source} is {value!r}; it must be {allowed}")
-    wrong = [x for x in layers if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < num_layers]
-    if wrong:
-        raise ViCAError(f"{source} is {value!r}: {wrong[0]!r} is no layer of this model; it must be {allowed}")
-    if len(set(layers)) != len(layers):
-        twice = next(x for x in layers if list(layers).count(x) > 1)
-        raise ViCAError(f"{source} is {value!r}: it names layer {twice} twice; it must be {allowed}")
-    return sorted(layers)
-
-
-def check_freeze_prefix(value, num_layers: int) -> bool | int:
-    if isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= num_layers):
-        return value
-    raise ViCAError(f"freeze_prefix is {value!r}; it must be true, false or a layer number from 0 to {num_layers}")
-
-
-def parse_prefix_rule(value: str | None) -> bool | int | None:
-    """What the command line says of freeze_prefix."""
-    if value is None:
-        return None
-    try:
-        rule = json.loads(value.lower())
-    except ValueError:
-        rule = None
-    if not isinstance(rule, int):
-        raise ViCAError(f"--freeze-prefix is {value!r}; it must be true, false or a layer number")
-    return rule
-
-
-def missing_layers_message(variant: str, num_layers: int) -> str:
-    published = "; ".join(
-        f"{name} (freeze_prefix {'on' if frozen else 'off'}): {layers}" for name, (layers, frozen) in PUBLISHED.items()
-    )
-    return (
-        f"variant {variant!r} needs t2v_layers and neither the call, T2V_LAYERS nor the checkpoint names any "
-        f"(layers 0 to {num_layers - 1}; or take variant 'dense'). Published lists: {published}"
-    )
+            if isinstance(layer, Mapping):
+                drop = layer.get("drop")
+                layer = LayerPlan(**{**layer, "drop": Drop(**drop) if isinstance(drop, Mapping) else drop})
+        except TypeError as error:
+            raise ViCAError(f"layer {i} of the plan is {layer!r}: {error}") from error
+        if not isinstance(layer, LayerPlan):
+            raise ViCAError(f"layer {i} of the plan is {layer!r}; it must be a table of settings")
+        plan.append(layer)
+    return plan

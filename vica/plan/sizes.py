@@ -8,7 +8,7 @@ def kv_bytes(config: ViCAConfig, bytes_each: int = 2) -> tuple[int, int]:
     """Cache bytes of (a visual token, a text token) over all layers."""
     text = config.text_config
     entry = 2 * text.num_key_value_heads * text.head_dim * bytes_each
-    holding = sum(p.text_sees_visual for p in config.plan)
+    holding = sum(p.reads for p in config.plan)
     return entry * holding, entry * text.num_hidden_layers
 
 

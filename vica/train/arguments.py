@@ -7,7 +7,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..checkpoint.files import read_recipe
-from ..plan.layer import VARIANTS
+from ..plan.vica import VARIANTS
 from ..utils.errors import ViCAError
 from .stages import STAGES
 

@@ -12,7 +12,7 @@ from ..data.processor import ViCAProcessor
 from ..loading import load_processor
 from ..model.llava import ViCAForConditionalGeneration
 from ..plan.config import ViCAConfig
-from ..plan.layer import parse_prefix_rule
+from ..plan.vica import parse_prefix_rule
 from ..utils.errors import ViCAError
 from ..vision.projectors import build_projector
 
