@@ -233,6 +233,37 @@ def test_a_plan_is_saved_with_the_model(tmp_path):
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
+class Watch:
+    """Keeps what every layer shows: the sums over all keys, and the weights of visual keys."""
+
+    def __init__(self):
+        self.sums, self.visual = {}, {}
+
+    def wants(self, layer):
+        return layer != 1
+
+    def take(self, layer, weights, visual):
+        self.sums[layer] = weights.sum(-1)
+        self.visual[layer] = [row[:, torch.from_numpy(at)] for row, at in zip(weights, visual)]
+
+
+@settings(max_examples=40)
+@given(plan=plans.any_plan(LAYERS), rows=layouts)
+@torch.no_grad()
+def test_taps_see_the_same_attention(plan, rows):
+    inputs, watches = batch(asked(rows)), []
+    for model in both(plan):
+        watches.append(Watch())
+        plain = model(**inputs).logits
+        assert torch.equal(model(**inputs, taps=[watches[-1]]).logits, plain), "watching changes nothing"
+    mask, accel = watches
+    assert mask.sums.keys() == accel.sums.keys() and 1 not in accel.sums
+    for layer, sums in accel.sums.items():
+        assert_close(sums, torch.ones_like(sums), TOLERANCE, f"layer {layer}")
+        for got, want in zip(accel.visual[layer], mask.visual[layer]):
+            assert_close(got, want, TOLERANCE, f"layer {layer}")
+
+
 FAULTS = {
     "visual tokens that read see what comes after": (
         flow_accel.LayerAttention, "_whole_runs",
