@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 import vica
+from tests import plans
 from tests.builders import assert_close, tiny_model, tiny_vision
 from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, arguments, losses, tower_weights, write_base
 from vica.cli.main import main as program
 from vica.data.collate import Collator
 from vica.data.training import Example
-from vica.model import decoder, flow_accel
+from vica.model import decoder, flow_accel, flow_mask
+from vica.plan.layer import Drop, LayerPlan
 from vica.toy.write import write
 from vica.train import run
 from vica.train.arguments import parse
@@ -219,13 +221,24 @@ class Asked(dict):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
+PLANS = {
+    "as the variant says": None,
+    "pyramiddrop": plans.pyramiddrop(4, [1, 2], [0.5, 0.2]),
+    "fastv on shortv": plans.with_drops(plans.shortv(4, [0, 2]), {2: Drop(0.5, "previous")}),
+    "vica and pyramiddrop": plans.vica_pyramiddrop(4, [0, 2], True, [2], [0.5]),
+    "blind, then skipped": [*plans.visipruner_shallow(2, 1), LayerPlan("skip"), LayerPlan("read")],
+}
+
+
+@pytest.mark.parametrize("variant, plan", [(v, p) for p in PLANS for v in ("accel", "mask", "dense")], ids=str)
 @pytest.mark.parametrize("tower_learns", [False, True])
-def test_ranks_ask_for_weights_in_the_same_order(variant, tower_learns, monkeypatch):
+def test_ranks_ask_for_weights_in_the_same_order(variant, plan, tower_learns, monkeypatch):
     """With images or without: what one rank alone gathers, it waits for."""
-    for module in (decoder, flow_accel):
+    for module in (decoder, flow_accel, flow_mask):
         monkeypatch.setattr(module, "among_ranks", lambda: True)
     model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
+    if PLANS[plan] is not None:
+        model.config.plan = PLANS[plan]
     model.model.vision_tower.requires_grad_(tower_learns)
     asked, orders = [], []
     for name, module in model.named_modules():
