@@ -221,7 +221,8 @@ class ViCAProcessor(ProcessorMixin):
         return features if return_dict else features["input_ids"]
 
     def ask(self, question: str, images=()) -> BatchFeature:
-        """Returns the model's inputs for one question about one or several images. One image needs no list around it."""
+        """Returns the model's inputs for one question about one or several images. One image needs no list around
+        it."""
         content = [{"type": "image", "image": image} for image in as_list(images)]
         content.append({"type": "text", "text": question})
         return self.apply_chat_template(

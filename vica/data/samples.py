@@ -217,7 +217,8 @@ def _loaded(path: str, how: str, *where, **options):
 
 
 def _checked(path: str, dataset):
-    """Returns the dataset with its images left as files. We decode them ourselves, so that a broken one stops nothing."""
+    """Returns the dataset with its images left as files. We decode them ourselves, so that a broken one stops
+    nothing."""
     columns = dataset.features or {}
     if columns and "conversations" not in columns:
         raise ViCAError(f"{path} has no column conversations, but {', '.join(columns)}")

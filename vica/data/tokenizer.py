@@ -59,7 +59,8 @@ def load_tokenizer(path_or_repo: str | os.PathLike, **hub_options) -> PreTrained
 
 
 def restore_llama_ids(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Makes a Llama tokenizer give the slow tokenizer's ids and leaves others alone. Changes and returns the tokenizer."""
+    """Makes a Llama tokenizer give the slow tokenizer's ids and leaves others alone. Changes and returns the
+    tokenizer."""
     legacy = _llama_legacy(tokenizer)
     if legacy is not None:
         _restore_spacing(tokenizer.backend_tokenizer, legacy)
@@ -69,7 +70,8 @@ def restore_llama_ids(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds `<image>` as a token of its own, which transformers' LlavaProcessor needs. The ids around it stay LLaVA's."""
+    """Adds `<image>` as a token of its own, which transformers' LlavaProcessor needs. The ids around it stay
+    LLaVA's."""
     splits_late = _llama_legacy(tokenizer) is False
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=splits_late)], special_tokens=True)
     if splits_late:  # LLaVA begins the text after an image with a prefix space

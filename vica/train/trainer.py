@@ -73,7 +73,8 @@ class ViCATrainer(Trainer):
     # --- a step ---
 
     def get_batch_samples(self, *args, **kwargs):
-        """Returns no batch for a finished run that is started again: transformers tests for the end only after a step."""
+        """Returns no batch for a finished run that is started again: transformers tests for the end only after a
+        step."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
