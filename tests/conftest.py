@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what lies in core/ and is not slow as the core tier."""
+    for item in items:
+        if Path(__file__).with_name("core") in item.path.parents and item.get_closest_marker("slow") is None:
+            item.add_marker("core")
 
 
 @pytest.fixture(autouse=True)
