@@ -16,15 +16,15 @@ from tests.engines import picture, seeing_model
 from vica.data.conversation import get_template
 from vica.engine import Engine, Request
 from vica.integrations import lmms_eval_options
-from vica.integrations.likelihood import Candidate, log_likelihoods, row_of
+from vica.integrations.likelihood import Candidate, encode_candidate, log_likelihoods
 from vica.integrations.lmms_eval_options import (
     ImageKeys,
-    ahead,
     as_images,
     batch_limit,
     generation_options,
     grouped,
     parse_layers,
+    prefetch,
     prompt_of,
     turn_text,
 )
@@ -99,7 +99,7 @@ def test_settings_that_the_engine_lacks_are_refused(name, value):
 
 
 def test_unknown_settings_are_told_once(caplog):
-    lmms_eval_options.tell_ignored.cache_clear()
+    lmms_eval_options.warn_ignored.cache_clear()
     for _ in range(3):
         generation_options(dict(image_aspect_ratio="original"))
     assert [r.message for r in caplog.records] == [
@@ -129,9 +129,9 @@ def test_questions_about_one_image_follow_each_other():
 
 
 def test_things_made_ahead_come_in_order_and_a_failure_comes_through():
-    assert list(ahead(lambda x: 2 * x, range(50), 2)) == list(range(0, 100, 2))
+    assert list(prefetch(lambda x: 2 * x, range(50), 2)) == list(range(0, 100, 2))
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda x: 1 // x, [1, 0, 1], 2))
+        list(prefetch(lambda x: 1 // x, [1, 0, 1], 2))
 
 
 def test_images_are_told_apart_by_what_the_dataset_stores():
@@ -154,7 +154,7 @@ def test_images_are_told_apart_by_what_the_dataset_stores():
 
 def one_by_one(model, processor, candidate: Candidate) -> tuple[float, bool]:
     """By a forward of its own, read off the logits of all rows."""
-    ids, start = row_of(processor, candidate)
+    ids, start = encode_candidate(processor, candidate)
     pixels = torch.tensor(np.stack(processor.process_images(candidate.images))) if candidate.images else None
     logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].double().log_softmax(-1)
     steps = [(logits[i - 1], ids[i]) for i in range(start, len(ids))]
@@ -167,7 +167,7 @@ def some_candidates(model, processor) -> list[Candidate]:
     found = [Candidate(f"<image>\n{q}", f" {answer}", [a]) for q in QUESTIONS[:2] for answer in CHOICES]
     found += [Candidate("<image>\n<image>\nWhich?", "Yes", [a, b]), Candidate("No picture. Why?", "a star", [])]
     found += [Candidate("<image>\nWhat?", "", [b]), Candidate("<image>\nWhat?", "red", [b])]
-    ids, start = row_of(processor, found[-1])
+    ids, start = encode_candidate(processor, found[-1])
     assert start == len(ids) - 1  # one token
     inputs = processor.ask("What?", [b])
     before = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -192,7 +192,7 @@ def test_likelihoods_of_a_batch_are_those_of_each_candidate_alone(variant):
 def test_an_answer_is_scored_where_the_template_puts_it(conversation):
     _, processor = seeing_model()
     processor = processor.changed(conversation)
-    ids, start = row_of(processor, Candidate("<image>\nIs there a star?", " Yes"))
+    ids, start = encode_candidate(processor, Candidate("<image>\nIs there a star?", " Yes"))
     turns = [("user", "<image>\nIs there a star?"), ("assistant", "Yes")]
     template = get_template(conversation)
     assert processor.decode(ids[start:]).strip() == "Yes"
@@ -202,7 +202,7 @@ def test_an_answer_is_scored_where_the_template_puts_it(conversation):
 def test_a_question_longer_than_the_model_is_an_error():
     model, processor = seeing_model(text_config=dict(max_position_embeddings=90))
     fits, longer = Candidate("What?", "Yes"), Candidate("<image>\nWhat?", "Yes", [picture()])
-    assert len(row_of(processor, longer)[0]) < 90  # without its picture's other tokens
+    assert len(encode_candidate(processor, longer)[0]) < 90  # without its picture's other tokens
     log_likelihoods(model, processor, [fits])
     with pytest.raises(ViCAError, match=r"takes \d+ positions with its answer, the model has 90"):
         log_likelihoods(model, processor, [fits, longer])
@@ -415,11 +415,11 @@ def test_likelihoods_are_of_the_sign_that_each_kind_of_task_wants(world, adapter
 def test_each_process_takes_its_own_card(adapter, monkeypatch):
     lm = adapter()
     assert (lm.rank, lm.world_size, lm.device, lm.batch_size) == (0, 1, torch.device("cpu"), 3)
-    assert lm._own(None) is None and lm._own("cuda:1") == "cuda:1"
+    assert lm._own_device(None) is None and lm._own_device("cuda:1") == "cuda:1"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     lm._world_size, lm.accelerator = 2, SimpleNamespace(local_process_index=1)
-    assert lm._own(None) == lm._own("cuda") == "cuda:1"
-    assert lm._own("cpu") == "cpu"
+    assert lm._own_device(None) == lm._own_device("cuda") == "cuda:1"
+    assert lm._own_device("cpu") == "cpu"
 
 
 def test_the_template_and_layers_of_the_arguments_are_used(adapter, monkeypatch):

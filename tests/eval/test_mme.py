@@ -14,7 +14,7 @@ from tests.eval_files import (
     write_lines,
 )
 from tests.hub import local_hub, picture
-from vica.eval.mme import TASK, reading
+from vica.eval.mme import TASK, yes_or_no
 from vica.eval.task import Question
 
 PICTURES = {  # by LLaVA's name: question and answer
@@ -142,7 +142,7 @@ def test_wrong_files(folder):
     ],
 )
 def test_reading(answer, word):
-    assert reading(answer) == word
+    assert yes_or_no(answer) == word
 
 
 def test_sums():

@@ -1,4 +1,4 @@
-"""GQA: short answers to questions that were made from scene graphs, on the balanced half of testdev."""
+"""GQA: short answers to questions generated from scene graphs, on the balanced half of testdev."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""VQAv2: short answers about photographs. On val the accuracy over ten people's answers; test-dev is scored by the
-benchmark's server alone, which wants an answer, if an empty one, to every question of the whole test."""
+"""VQAv2: short answers about photographs. On val, the accuracy over ten people's answers. Only the benchmark's server
+scores test-dev, and it needs an answer, perhaps an empty one, to every question of the whole test."""
 
 import json
 from collections import defaultdict
@@ -16,7 +16,7 @@ REPOSITORY = "lmms-lab/VQAv2"
 HUB_SPLITS = {"val": "validation", "test-dev": "testdev"}
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
-HUB_FOLDER = Path("playground/data/eval/vqav2")  # where the hub's reader looks for that list, which the hub has not
+HUB_FOLDER = Path("playground/data/eval/vqav2")  # read_hub looks for the list here: the hub does not have it
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 GET_VAL = (
@@ -50,7 +50,7 @@ def _read_val(folder: Path) -> list[Question]:
 
 
 def _read_test_dev(folder: Path) -> list[Question]:
-    need(folder / WHOLE_TEST, eval_zip(folder))  # now, not after hours of answers
+    need(folder / WHOLE_TEST, eval_zip(folder))  # fail now, not after hours of answers
     return [
         Question(id, text, folder / "test2015" / image, {"whole_test": str(folder)})
         for id, text, image in records(folder / TEST_DEV, eval_zip(folder), "question_id", "text", "image")
@@ -98,8 +98,8 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
 
 
 def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Path:
-    """On val the file that the authors' own script scores, on test-dev the server's, with its answers processed and all
-    questions of the whole test in it."""
+    """Writes on val the file that the authors' own script scores, and on test-dev the server's, with normalised answers
+    and all questions of the whole test."""
     check_answers(questions, answers)
     if not all("whole_test" in one.gold for one in questions):
         return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
