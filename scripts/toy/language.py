@@ -1,7 +1,7 @@
 """The toy world's language: questions that need no picture, and all that is ever said, as text to train on."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vica.data.conversation import get_template
 from vica.toy.captions import INSTRUCTIONS, caption
@@ -57,11 +57,13 @@ def _larger(rng: random.Random) -> Question:
 
 
 def _sort(rng: random.Random) -> Question:
-    names, answer = rng.choice(((COLOURS, "colour"), (SHAPES, "shape"), (WORDS, "word")))
+    sorts: tuple[tuple[Iterable[str], str], ...] = ((COLOURS, "colour"), (SHAPES, "shape"), (WORDS, "word"))
+    names, answer = rng.choice(sorts)
     return _short(f"Is {rng.choice(list(names))} a colour, a shape or a word?", answer)
 
 
 def _choice(rng: random.Random) -> Question:
+    sorts: dict[str, Iterable[str]]
     sorts = {"colour": COLOURS, "shape": SHAPES, "word": WORDS, "number": "123456789"}
     order = rng.sample(list(sorts), 4)
     options = "\n".join(f"{letter}. {rng.choice(list(sorts[sort]))}" for letter, sort in zip("ABCD", order))

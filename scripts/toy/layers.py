@@ -58,7 +58,7 @@ def search(reader: "Reader", other: "Reader", count: int) -> str:
     """The best sets of so many layers, those of each size grown out of the best of one less; with their scores on
     other questions than they were chosen by."""
     everything = frozenset(range(reader.depth))
-    kept = [frozenset()]
+    kept: list[frozenset[int]] = [frozenset()]
     for size in range(1, count + 1):
         larger = {one | {layer} for one in kept for layer in everything - one}
         scores = {one: reader(one) for one in tqdm(larger, f"{size} layers", disable=None)}

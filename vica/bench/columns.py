@@ -2,6 +2,7 @@
 called only if the column is wanted, and may fail: then the column says why."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -114,7 +115,7 @@ class Columns:
             transformers = self.models.transformers
             ids = p.expanded(transformers.image_token)
             return Job(
-                lambda given: transformers.decode(*given, self.steps),
+                lambda given: transformers.decode(given[0], given[1], self.steps),
                 setup=lambda: transformers.prefill(ids, p.stacked),
                 steps=self.steps,
             )
@@ -123,7 +124,7 @@ class Columns:
             def make():
                 model = self.models.wired(variant)
                 return Job(
-                    lambda given: plain_decode(model, *given, self.steps),
+                    lambda given: plain_decode(model, given[0], given[1], self.steps),
                     setup=lambda: plain_tokens(model, p, image_features=p.features),
                     steps=self.steps,
                 )
@@ -162,12 +163,13 @@ class Columns:
             cache.reset()
             return transformers.prefill(ids, p.stacked, cache)
 
-        return Job(lambda given: transformers.decode(*given, self.steps, step), setup, self.steps)
+        return Job(lambda given: transformers.decode(given[0], given[1], self.steps, step), setup, self.steps)
 
     def generate(self, p: Prompts, new_tokens: int) -> Makers:
         def engine(variant: str):
             def make():
-                drive, options = self.drive(variant), dict(max_new_tokens=new_tokens, ignore_eos=True)
+                drive = self.drive(variant)
+                options: dict[str, Any] = dict(max_new_tokens=new_tokens, ignore_eos=True)
                 requests = [Request(ids, [image], **options) for ids, image in zip(p.ids, p.features)]
                 return Job(lambda _: answer_all(drive.engine, requests))
 

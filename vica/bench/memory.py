@@ -3,6 +3,7 @@
 import argparse
 import gc
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -103,12 +104,12 @@ def engine_holds(models: Models, p: Prompts, features: list[torch.Tensor], varia
     rows = shape.prefix + shape.text + shape.answer + (shape.visual if variant == "dense" else 0)
     room = p.batch * shape.visual * (of_visual + models.dtype.itemsize * config.text_config.hidden_size)
     engine = models.engine(variant, max_batch=p.batch, kv_bytes=p.batch * rows * of_row, image_memory_bytes=room)
-    options = dict(max_new_tokens=shape.answer, ignore_eos=True)
+    options: dict[str, Any] = dict(max_new_tokens=shape.answer, ignore_eos=True)
     requests = [Request(ids, [x], **options) for ids, x in zip(p.ids, features)]
     most = Held()
     for _ in engine.stream(requests):  # they enter as they are prepared: when most of them run is what counts
         most = max(most, held_by(engine, of_row), key=lambda held: (held.requests, held.kv))
-    if failed := [r.result.error for r in requests if r.result.error]:
+    if failed := [r.result.error for r in requests if r.result and r.result.error]:
         raise RuntimeError(failed[0])
     return most
 
