@@ -17,10 +17,14 @@ settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True
 settings.load_profile("ci")
 
 
+CORE = Path(__file__).with_name("core")
+BESIDE_CORE = ("test_transformers.py",)  # other tools on what we save
+
+
 def pytest_collection_modifyitems(items):
-    """Marks what lies in core/ and is not slow as the core tier."""
+    """Marks as the core tier what lies in core/, but for slow tests and BESIDE_CORE."""
     for item in items:
-        if Path(__file__).with_name("core") in item.path.parents and item.get_closest_marker("slow") is None:
+        if CORE in item.path.parents and item.path.name not in BESIDE_CORE and not item.get_closest_marker("slow"):
             item.add_marker("core")
 
 
