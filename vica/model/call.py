@@ -57,10 +57,13 @@ class Call:
         """The next position of each sequence before this call, [B], nothing renumbered."""
         return self.cache.next_pos if self.cache is not None else np.zeros(self.tokens.batch, np.int64)
 
-    def ranks_by_previous(self, layer: int) -> bool:
-        """Whether the drop before the next layer ranks by this layer's attention."""
+    def ranks_by(self, layer: int) -> bool:
+        """Returns whether the drop before the next layer ranks by this layer's attention."""
         following = self.plan[layer + 1].drop if layer + 1 < len(self.plan) else None
         return following is not None and following.rank == "previous"
+
+    def watchers(self, layer: int) -> list[Tap]:
+        return [tap for tap in self.taps if tap.wants(layer)]
 
 
 @dataclass(frozen=True)

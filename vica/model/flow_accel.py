@@ -154,8 +154,9 @@ class AccelFlow:
         last = layer.last_text_rows
         q = attention.queries(text.index_select(0, last), tuple(t.index_select(0, last) for t in rope))
         k_visual = attention.keys(block.input_layernorm(visual), self.rope(segment.visual_pos, x.dtype))
-        past = self.stored_keys_before(block.layer_idx, segment)
-        return layer.scores(q, torch.cat([attention.keys(text, rope), k_visual]), *past)
+        past, past_seen = self.stored_keys_before(block.layer_idx, segment)
+        k = torch.cat([attention.keys(text, rope), k_visual])
+        return layer.scores(layer.attention_of_last(q, k, past, past_seen), past_seen.shape[1])
 
     def stored_keys_before(self, layer_idx: int, segment: Segment) -> tuple[torch.Tensor | None, np.ndarray]:
         """Returns the keys of earlier calls that the layer holds, [B, S, G, D], and which of them text may read."""
@@ -234,8 +235,8 @@ class LayerAttention:
         if first < len(x):  # else every token is a frozen prefix: its K/V are kept, nothing is updated
             q = attention.queries(normed[first:], tuple(t[first:] for t in rope))
             update = attention.o_proj(self._mix_text(q, k, v, held).flatten(1))
-            if self.call.ranks_by_previous(block.layer_idx):
-                scores = self._scores_after(block, q[self.last_text_rows - first], k, held)
+            if self._watched(block):
+                scores = self._watch(block, q[self.last_text_rows - first], k, held)
             x = torch.cat([x[:first], x[first:] + update]) if first else x + update
         return block.feed(x), scores
 
@@ -248,9 +249,9 @@ class LayerAttention:
         update = attention.o_proj(self._mix_joined(q, k, v, held).flatten(1))
         if not self.plan.prefix_attends:
             update = update.masked_fill(self.segment.joined_prefix, 0)
-        if self.call.ranks_by_previous(block.layer_idx):
+        if self._watched(block):
             rows = self.segment.text_in_joined[self.last_text_rows]
-            scores = self._scores_after(block, q[rows], k.index_select(0, self.segment.from_joined), held)
+            scores = self._watch(block, q[rows], k.index_select(0, self.segment.from_joined), held)
         return block.feed(x + update), scores
 
     def _store(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, joined: bool):
@@ -385,26 +386,46 @@ class LayerAttention:
         some = self.packing.text[-1] if len(self.packing.text) else 0
         return self.packing.tensor(self.packing.row_of_text[np.where(last < 0, some, last)])
 
+    def _watched(self, block: Block) -> bool:
+        return self.call.ranks_by(block.layer_idx) or bool(self.call.watchers(block.layer_idx))
+
     @torch.no_grad()
-    def _scores_after(self, block: Block, q: torch.Tensor, k: torch.Tensor, held) -> torch.Tensor:
-        if self.call.fresh:
-            return self.scores(q, k, None, np.zeros((self.call.tokens.batch, 0), bool))
-        past = self.stored.past
-        keys = held[0][:, :, : past.pos.shape[1]].transpose(1, 2)
-        return self.scores(q, k, keys, past.readable(self.plan.reads))
+    def _watch(self, block: Block, q: torch.Tensor, k: torch.Tensor, held) -> torch.Tensor | None:
+        """Shows the layer's attention to its taps; returns the scores that the next layer's drop ranks by, if any."""
+        past, past_seen = None, np.zeros((self.call.tokens.batch, 0), bool)
+        if not self.call.fresh:
+            past_seen = self.stored.past.readable(self.plan.reads)
+            past = held[0][:, :, : past_seen.shape[1]].transpose(1, 2)
+        weights = self.attention_of_last(q, k, past, past_seen)
+        visual = np.zeros(weights.shape[::2], bool)
+        visual[:, past_seen.shape[1] :][:, : self._visual_columns.shape[1]] = self._visual_columns >= 0
+        for tap in self.call.watchers(block.layer_idx):
+            tap.take(block.layer_idx, weights, visual)
+        return self.scores(weights, past_seen.shape[1]) if self.call.ranks_by(block.layer_idx) else None
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None, past_seen: np.ndarray):
-        """Returns the mean over heads of the last text token's attention to each visual token of the pack.
+    @cached_property
+    def _visual_columns(self) -> np.ndarray:
+        """[B, most] rows of the visual pack that text reads, -1 where padding."""
+        visual = self.segment.visual_padded
+        return visual if self.plan.reads else visual[:, :0]
 
-        `q` [B, H, D]; `k`: rows of [text pack; visual pack]; `past` [B, S, G, D]: keys of earlier calls.
+    def attention_of_last(self, q: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None, past_seen: np.ndarray):
+        """Returns the attention of each sequence's last text token, [B, H, S]: keys of earlier calls come first, then
+        visual tokens, then text.
+
+        `q` [B, H, D]; `k`: rows of [text pack; visual pack]; `past` [B, S, G, D] with `past_seen` [B, S].
         """
-        visual, text, tensor = self.segment.visual_padded, self.segment.text_padded, self.packing.tensor
-        index = np.concatenate([np.where(visual < 0, -1, visual + len(self.packing.text)), text], axis=1)
+        visual, tensor = self._visual_columns, self.packing.tensor
+        visual = np.where(visual < 0, -1, visual + len(self.packing.text))
+        index = np.concatenate([visual, self.segment.text_padded], axis=1)
         keys = k[tensor(np.maximum(index, 0))]
-        seen = np.concatenate([past_seen, index >= 0], axis=1)
-        seen |= ~seen.any(1, keepdims=True)  # an empty sequence would be NaN
         if past is not None:
             keys = torch.cat([past, keys], dim=1)
-        weights = attention_rows(q, keys, tensor(seen)).mean(1)
-        at = past_seen.shape[1] + np.arange(index.shape[0])[:, None] * weights.shape[1] + np.arange(visual.shape[1])
-        return weights.flatten().index_select(0, tensor(at[visual >= 0]))
+        seen = np.concatenate([past_seen, index >= 0], axis=1)
+        return attention_rows(q, keys, tensor(seen | ~seen.any(1, keepdims=True)))  # an empty row would be NaN
+
+    def scores(self, weights: torch.Tensor, past: int) -> torch.Tensor:
+        """Returns the mean over heads of the attention to each visual token of the pack; `past` columns precede."""
+        visual, mean = self._visual_columns, weights.mean(1)
+        at = past + np.arange(len(visual))[:, None] * mean.shape[1] + np.arange(visual.shape[1])
+        return mean.flatten().index_select(0, self.packing.tensor(at[visual >= 0]))

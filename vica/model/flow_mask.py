@@ -109,8 +109,12 @@ class MaskFlow:
         if not plan.updates:
             hidden = torch.where(self._flags(place, place.tokens.visual), x, hidden)
         scores = None
-        if self.call.ranks_by_previous(block.layer_idx):
-            scores = self._scores(q.transpose(1, 2), k.transpose(1, 2), plan, place)
+        watchers = self.call.watchers(block.layer_idx)
+        if watchers or self.call.ranks_by(block.layer_idx):
+            weights, visual = self._attention_of_last(q.transpose(1, 2), k.transpose(1, 2), plan, place, place.entries)
+            for tap in watchers:
+                tap.take(block.layer_idx, weights, visual & plan.reads)
+            scores = weights.mean(1)[self.call.tensor(visual)]
         return hidden, scores
 
     def _rope(self, place: Present, dtype: torch.dtype) -> Rope:
@@ -175,21 +179,22 @@ class MaskFlow:
             entries = CacheEntries(past.pos.copy(), past.visual.copy())
             k = torch.cat([cache.layers[block.layer_idx].keys.transpose(1, 2), k], dim=1)
         entries.append(place.tokens)
-        return self._scores(q, k, self.call.plan[block.layer_idx], place, entries)
+        weights, visual = self._attention_of_last(q, k, self.call.plan[block.layer_idx], place, entries)
+        return weights.mean(1)[self.call.tensor(visual)]
 
     @torch.no_grad()
-    def _scores(self, q, k, plan: LayerPlan, place: Present, entries: CacheEntries | None = None) -> torch.Tensor:
-        """Returns the mean over heads of the last text token's attention to each visual token of this call."""
-        entries = entries or place.entries
-        last = last_text_tokens(place.tokens)
-        if (wrong := np.nonzero((last < 0) & (place.tokens.visual_counts > 0))[0]).size:
+    def _attention_of_last(self, q, k, plan: LayerPlan, place: Present, entries: CacheEntries):
+        """Returns the attention of each sequence's last text token, [B, H, S], and which of the keys are visual tokens
+        of this call, [B, S]."""
+        tokens, rows = place.tokens, np.arange(place.tokens.batch)
+        last = last_text_tokens(tokens)
+        if (wrong := np.nonzero((last < 0) & (tokens.visual_counts > 0))[0]).size:
             raise ViCAError(
                 f"row {wrong[0]} ends with an image: visual tokens are ranked by the text that follows them"
             )
-        column = np.maximum(place.tokens.counts - 1, 0)
-        rows = np.arange(len(column))
+        column = np.maximum(tokens.counts - 1, 0)
         seen = self._visible(plan, place, entries)[rows, column]
-        seen |= ~seen.any(-1, keepdims=True)
-        weights = attention_rows(q[rows, column], k, self.call.tensor(seen)).mean(1)
-        own = weights[:, entries.pos.shape[1] - place.index.shape[1] :]
-        return own[self.call.tensor(place.padded(place.tokens.visual, False))]
+        seen |= ~seen.any(-1, keepdims=True)  # an empty sequence would be NaN
+        visual = np.zeros(entries.pos.shape, bool)
+        visual[:, entries.pos.shape[1] - place.index.shape[1] :] = place.padded(tokens.visual, False)
+        return attention_rows(q[rows, column], k, self.call.tensor(seen)), visual
