@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup_venv dev
-export HF_HUB_OFFLINE=1 # tests make what they need
+export HF_HUB_OFFLINE=1 # tests create all files that they need
 tier=()
 if [ "${1:-}" = core ]; then
     tier=(-m core tests/core)

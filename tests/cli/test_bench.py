@@ -175,7 +175,7 @@ def test_columns_answer_alike(models, prompts):
     columns = columns_of(models, prompts)
     families = {"transformers": "dense", "dense": "dense"}
     for phase in ("prefill", "first", "decode"):
-        makers = getattr(columns, phase)(prompts)
+        makers = columns.jobs(phase, prompts)
         makers = {name: make for name, make in makers.items() if name not in ("text", "static")}
         answers = {name: t.tokens for name, t in race(makers, 1, CPU).items()}
         assert len(makers) >= 5 and all(len(tokens) == 3 for tokens in answers.values())
@@ -190,7 +190,7 @@ def test_what_is_kept_is_not_computed(models, prompts, monkeypatch):
     monkeypatch.setattr(Runner, "prefill", lambda *a: seen.append(("held", *(r.held for r in a[1]))) or prefill(*a))
     work = {}
     for column in ("nothing", "prefix", "image"):
-        job = columns.prefill(prompts)[column]()
+        job = columns.jobs("prefill", prompts)[column]()
         seen.clear()
         job.work(None)
         work[column] = list(seen)
@@ -204,7 +204,7 @@ def test_what_is_kept_is_not_computed(models, prompts, monkeypatch):
 def test_slots_come_back(models, prompts):
     drive = columns_of(models, prompts).drive("dense")
     pool = drive.runner.pool
-    drive.rows(prompts, prefix_kept=True)
+    drive.admit(prompts, prefix_kept=True)
     assert pool.slots - pool.free == 5 + 3 * (5 + 16 + 4 + 3)
     drive.clear()
     assert pool.free == pool.slots
@@ -212,7 +212,7 @@ def test_slots_come_back(models, prompts):
 
 def test_too_many_rows_are_out_of_memory(models, prompts):
     drive = Drive(models.engine("dense", max_batch=3, kv_bytes=2**12))
-    found = race({"dense": lambda: Job(lambda _: None, lambda: drive.rows(prompts, False))}, 1, CPU)["dense"]
+    found = race({"dense": lambda: Job(lambda _: None, lambda: drive.admit(prompts, False))}, 1, CPU)["dense"]
     assert found.failure == "out of memory" and found.median is None
 
 

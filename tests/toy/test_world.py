@@ -18,7 +18,7 @@ from scripts.toy.language import language
 from scripts.toy.twins import twins
 from vica.toy import letters, world, write
 from vica.toy.captions import caption
-from vica.toy.questions import CHINESE, LETTER, LETTER_CHINESE, SHORT, ask
+from vica.toy.questions import CHINESE, OPTION_LETTER, OPTION_LETTER_CHINESE, SHORT_ANSWER, questions_about
 from vica.toy.score import read_questions, score
 from vica.toy.world import COLOURS, GROUNDS, SHAPES, SPLITS, draw, random_scene
 from vica.utils.errors import ViCAError
@@ -174,16 +174,17 @@ def test_answers_are_what_the_picture_shows(split):
     for scene, rng in drawn(split, 100):
         eyes = Eyes(scene, draw(scene))
         assert len(eyes.things) == len(scene.things)
-        for question in ask(scene, rng):
+        for question in questions_about(scene, rng):
             kinds[question.kind] += 1
             text, *options, prompt = question.text.split("\n")
             if question.kind == "choice_chinese":
-                assert prompt == LETTER_CHINESE
+                assert prompt == OPTION_LETTER_CHINESE
                 text, options = in_english(text), [o[:3] + translated(o[3:]) for o in options]
             if not options:
-                assert prompt == SHORT and eyes.answer(text) == question.answer, question
+                assert prompt == SHORT_ANSWER and eyes.answer(text) == question.answer, question
                 continue
-            assert prompt in (LETTER, LETTER_CHINESE) and [o[:3] for o in options] == ["A. ", "B. ", "C. ", "D. "]
+            assert prompt in (OPTION_LETTER, OPTION_LETTER_CHINESE)
+            assert [o[:3] for o in options] == ["A. ", "B. ", "C. ", "D. "]
             right = [o[0] for o in options if o[3:] == eyes.answer(text)]
             assert right == [question.answer] and len({*options}) == 4, question
     assert set(kinds) == set(KINDS) and min(kinds.values()) > 20
@@ -237,9 +238,9 @@ def test_words_are_inside_the_picture_and_alone_in_their_row():
 def test_splits_share_no_combination():
     things = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     pairs = list(combinations(things, 2))
-    strangers = {pair for pair in pairs if world.hold_strangers(pair)}
+    strangers = {pair for pair in pairs if world.hold_test_pair(pair)}
     assert 0.15 < len(strangers) / len(pairs) < 0.25 and strangers == {
-        p for p in pairs if world.hold_strangers(p[::-1])
+        p for p in pairs if world.hold_test_pair(p[::-1])
     }
     assert all(5 < sum(thing in pair for pair in strangers) < 15 for thing in things)  # in both kinds of company
     for split in SPLITS:
@@ -289,12 +290,12 @@ LEARNED = CONSTANT | dict(comparison=0.55, neighbour=0.25)
 def test_blind_guesses_are_chance(split):
     constant, learned = defaultdict(Counter), defaultdict(Counter)
     for scene, rng in drawn("train", 8000):
-        for question in ask(scene, rng):
+        for question in questions_about(scene, rng):
             constant[question.kind][question.answer] += 1
             learned[question.text][question.answer] += 1
     right, asked, answers = Counter(), Counter(), defaultdict(Counter)
     for scene, rng in drawn(split, 4000, seed=1):
-        for question in ask(scene, rng):
+        for question in questions_about(scene, rng):
             guesses = learned.get(question.text) or constant[question.kind]
             right[question.kind] += guesses.most_common(1)[0][0] == question.answer
             asked[question.kind] += 1
@@ -312,7 +313,7 @@ def test_the_language_is_closed():
     words, said = (set(re.findall(WORD, "\n".join(language(n, seed)))) for n, seed in ((3000, 0), (500, 1)))
     assert said <= words and len(words) < 260
     said = "".join(said)
-    said += "".join(f"{q.text}{q.answer}" for scene, rng in drawn("test", 500) for q in ask(scene, rng))
+    said += "".join(f"{q.text}{q.answer}" for scene, rng in drawn("test", 500) for q in questions_about(scene, rng))
     assert not set(re.findall(r"[^\W_]", said)) - set("".join(words))
 
 
@@ -380,14 +381,15 @@ def test_training_questions_have_many_forms_and_right_answers(folder):
                 eyes = Eyes(scene, picture)
             for human, gpt in zip(sample["conversations"][::2], sample["conversations"][1::2]):
                 forms.update(check_form(eyes, human["value"].removeprefix("<image>\n"), gpt["value"]))
-    options, prompts = {f"{n} options" for n in (2, 3, 4)}, {SHORT, LETTER, LETTER_CHINESE, "no prompt"}
+    options = {f"{n} options" for n in (2, 3, 4)}
+    prompts = {SHORT_ANSWER, OPTION_LETTER, OPTION_LETTER_CHINESE, "no prompt"}
     assert set(forms) == {"hint", "context", "OCR", "OCR nothing", "OCR word", "OCR parts", *options, *prompts}
 
 
 def check_form(eyes: Eyes, text: str, answer: str) -> list[str]:
     """What a question has besides itself; all of it must be true, and the answer right."""
     lines, found = text.split("\n"), []
-    found.append(lines.pop() if lines[-1] in (SHORT, LETTER, LETTER_CHINESE) else "no prompt")
+    found.append(lines.pop() if lines[-1] in (SHORT_ANSWER, OPTION_LETTER, OPTION_LETTER_CHINESE) else "no prompt")
     options = [line for line in lines if re.match("[A-D]. ", line)]
     lines = [line for line in lines if line not in options]
     if options:

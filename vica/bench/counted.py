@@ -1,4 +1,4 @@
-"""FLOPs of a prompt, counted by formula from the config alone."""
+"""Counts the FLOPs of a prompt by formula from the config alone."""
 
 import argparse
 
