@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never use the network
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+
+CORE = Path(__file__).with_name("core")
+BESIDE_CORE = ("test_transformers.py",)  # other tools on what we save
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as the core tier what lies in core/, but for slow tests and BESIDE_CORE."""
+    for item in items:
+        if CORE in item.path.parents and item.path.name not in BESIDE_CORE and not item.get_closest_marker("slow"):
+            item.add_marker("core")
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ def build(args) -> None:
     for name in missing:
         torch.manual_seed(args.seed)
         with whole_folder(args.out / name) as folder:
-            if name == "tower":
+            if drawn is not None and name == "tower":
                 make_tower(folder, tokenizer, drawn, args, device)
                 drawn = None
             else:
@@ -94,8 +94,11 @@ def check_part(folder: Path, name: str) -> Path:
     return folder
 
 
-def make_tower(folder: Path, tokenizer: PreTrainedTokenizerFast, drawn, args, device) -> None:
-    clip = contrastive(tokenizer, *drawn, args.batch, args.tower_steps, device)
+def make_tower(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, drawn: tuple[torch.Tensor, list[str]], args, device
+) -> None:
+    pixels, captions = drawn
+    clip = contrastive(tokenizer, pixels, captions, args.batch, args.tower_steps, device)
     clip.vision_model.config.architectures = ["CLIPVisionModel"]
     clip.vision_model.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder)

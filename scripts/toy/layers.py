@@ -59,7 +59,7 @@ def search(reader: "Reader", other: "Reader", count: int) -> str:
     """Returns a table of the best sets of `count` layers. The sets of each size are built from the best of one layer
     less, and the scores shown are on other questions than those of the search."""
     everything = frozenset(range(reader.depth))
-    kept = [frozenset()]
+    kept: list[frozenset[int]] = [frozenset()]
     for size in range(1, count + 1):
         larger = {one | {layer} for one in kept for layer in everything - one}
         scores = {one: reader(one) for one in tqdm(larger, f"{size} layers", disable=None)}

@@ -118,7 +118,7 @@ def show_accuracy(vica, dense, processor, pictures: int) -> None:
         for name, model, variant in (("ViCA", vica, "accel"), ("dense", dense, "dense")):
             model.set_variant(variant)
             found[name] = score(questions, answers(model, processor, questions, world / "images"))
-    rows = [("right answers, %", "questions", *found)]
+    rows: list[tuple] = [("right answers, %", "questions", *found)]
     for kind in found["ViCA"]:
         rows.append((kind, found["ViCA"][kind][1], *(f"{100 * r[kind][0] / r[kind][1]:.0f}" for r in found.values())))
     print(table(rows))

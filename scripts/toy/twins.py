@@ -50,6 +50,7 @@ def _place(scene: Scene, rng: random.Random) -> Scene:
 
 def _word(scene: Scene, rng: random.Random) -> Scene:
     """Returns the scene with another word of the same length, which covers the same pixels."""
+    assert scene.word is not None
     alike = [word for word in WORDS if len(word) == len(scene.word.text)]
     return replace(scene, word=replace(scene.word, text=rng.choice(alike)))
 

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from ..utils.errors import ViCAError
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 WARM_UPS = {"cuda": 3, "cpu": 1}  # a captured pass runs plainly first, then is captured, then replayed
 
@@ -47,7 +49,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(work: Callable, device: torch.device) -> tuple[float, object]:
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     synchronize(device)
     start = time.perf_counter()
     result = work()
@@ -75,8 +77,8 @@ def race(makers: dict[str, Callable[[], Job]], repeats: int, device: torch.devic
 def run_once(job: Job, timing: Timing, turn: int, device: torch.device) -> None:
     given = job.setup()
     seconds, tokens = timed(lambda: job.work(given), device)
-    chosen = isinstance(tokens, torch.Tensor) and tokens.dim() == 1  # otherwise the result is a tower's features
-    timing.tokens = tokens.tolist() if chosen else None
+    # a tower's features have more dimensions
+    timing.tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) and tokens.dim() == 1 else None
     if turn == 0:
         timing.first_seconds = seconds
     elif turn >= WARM_UPS[device.type]:

@@ -5,6 +5,7 @@ A method prepares one phase's work on some prompts and returns it as a Job. It m
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ class PeerColumn:
     def decode(self, p: Prompts) -> Job:
         model, ids = self.model, self.ids(p)
         return Job(
-            lambda given: model.decode(*given, self.steps),
+            lambda given: model.decode(given[0], given[1], self.steps),
             setup=lambda: model.prefill(ids, p.stacked),
             steps=self.steps,
         )
@@ -89,7 +90,7 @@ class CompiledColumn(PeerColumn):
             cache.reset()
             return model.prefill(ids, p.stacked, cache)
 
-        return Job(lambda given: model.decode(*given, self.steps, step), setup, self.steps)
+        return Job(lambda given: model.decode(given[0], given[1], self.steps, step), setup, self.steps)
 
 
 class PlainColumn:
@@ -114,7 +115,7 @@ class PlainColumn:
     def decode(self, p: Prompts) -> Job:
         model = self.model
         return Job(
-            lambda given: decode(model, *given, self.steps),
+            lambda given: decode(model, given[0], given[1], self.steps),
             setup=lambda: first_tokens(model, p, image_features=p.features),
             steps=self.steps,
         )
@@ -153,7 +154,8 @@ class EngineColumn:
         )
 
     def generate(self, p: Prompts, new_tokens: int) -> Job:
-        drive, options = self.drive(), dict(max_new_tokens=new_tokens, ignore_eos=True)
+        drive = self.drive()
+        options: dict[str, Any] = dict(max_new_tokens=new_tokens, ignore_eos=True)
         requests = [Request(ids, [image], **options) for ids, image in zip(p.ids, p.features)]
         return Job(lambda _: answer_all(drive.engine, requests))
 

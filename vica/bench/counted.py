@@ -8,7 +8,7 @@ from ..plan.sizes import visual_tokens
 from ..utils.table import table
 from .report import Report
 
-DEFAULTS = {"cuda": {}, "cpu": {}}
+DEFAULTS: dict[str, dict] = {"cuda": {}, "cpu": {}}
 WAYS = {
     "dense": {},
     "accel, nothing kept": {},

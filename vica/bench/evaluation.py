@@ -114,6 +114,7 @@ def all_at_once(args: argparse.Namespace, engine: Engine, work: Workload, drawn:
     answer = partial(by_engine, engine, ignore_eos=True)
     engine.image_memory.clear()
     outcome = run_task(task, questions, answer, folder / "answers" / work.name, {}, Ranks())
+    assert outcome is not None  # this is the first process
     if outcome.failed:
         raise ViCAError(f"{len(outcome.failed)} questions failed: {next(iter(outcome.failed.values()))}")
     return dict(asked=count, of_images=images, seconds=outcome.seconds)
@@ -137,7 +138,9 @@ def no_score(questions, answers) -> Score:
 
 
 def hours_table(cells: list[dict]) -> str:
-    rows = [("", "questions", "images", "prompt", "answer", "questions/s", "one by one", "gain", "hours", "one by one")]
+    rows: list[tuple] = [
+        ("", "questions", "images", "prompt", "answer", "questions/s", "one by one", "gain", "hours", "one by one")
+    ]
     total = [0.0, 0.0]
     for c in cells:
         ours, theirs = c["asked"] / c["seconds"], c["peer_questions"] / c["peer_seconds"]

@@ -3,6 +3,7 @@
 import argparse
 import gc
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -106,12 +107,12 @@ def peak_usage_of_engine(models: Models, p: Prompts, features: list[torch.Tensor
     room = p.batch * shape.visual * (bytes_of_visual + models.dtype.itemsize * config.text_config.hidden_size)
     kv_room = p.batch * tokens * bytes_of_text
     engine = models.engine(variant, max_batch=p.batch, kv_bytes=kv_room, image_memory_bytes=room)
-    options = dict(max_new_tokens=shape.answer, ignore_eos=True)
+    options: dict[str, Any] = dict(max_new_tokens=shape.answer, ignore_eos=True)
     requests = [Request(ids, [x], **options) for ids, x in zip(p.ids, features)]
     most = Usage()
     for _ in engine.stream(requests):  # requests enter as they are prepared: the moment with most of them counts
         most = max(most, usage_of_engine(engine, bytes_of_text), key=lambda usage: (usage.requests, usage.kv))
-    if failed := [r.result.error for r in requests if r.result.error]:
+    if failed := [r.result.error for r in requests if r.result and r.result.error]:
         raise RuntimeError(failed[0])
     return most
 

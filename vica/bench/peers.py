@@ -1,6 +1,7 @@
 """transformers' own LLaVA on the weights of the measured model, which it shares."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -10,8 +11,13 @@ from ..plan import formats
 from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
 
+Config = TypeVar("Config")
+Net = TypeVar("Net", bound=nn.Module)
 
-def share(make: Callable, config, weights: dict[str, nn.Parameter], device, renamed=lambda name: name) -> nn.Module:
+
+def share(
+    make: Callable[[Config], Net], config: Config, weights: dict[str, nn.Parameter], device, renamed=lambda name: name
+) -> Net:
     """Returns a model that holds these very parameters, so that it follows them when an engine fuses them."""
     with torch.device("meta"):
         model = make(config)
@@ -24,8 +30,8 @@ def fill_tables(model: nn.Module, device) -> None:
     """Refills the buffers that neither a checkpoint nor the meta device holds."""
     for module in model.modules():
         tables = module._buffers
-        if "position_ids" in tables:
-            tables["position_ids"] = torch.arange(tables["position_ids"].shape[-1], device=device)[None]
+        if (places := tables.get("position_ids")) is not None:
+            tables["position_ids"] = torch.arange(places.shape[-1], device=device)[None]
         if "inv_freq" in tables:
             fresh = type(module)(module.config)
             tables.update(fresh.named_buffers())

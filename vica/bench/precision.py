@@ -93,7 +93,7 @@ def compare(layers: int, dtype: torch.dtype, device) -> list[tuple]:
     half = {(n, r): text_logits(model, x, *r) for n, x in inputs.items() for r in runs()}
     half_grads = {r: gradients(model, inputs["ragged"], *r) for r in runs()} if layers <= 8 else {}
     model = model.float()
-    rows = []
+    rows: list[tuple] = []
     for name, x in inputs.items():
         reference = text_logits(model, x, "mask", "sdpa")
         own = relative(half[name, ("mask", "sdpa")], reference)

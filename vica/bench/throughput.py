@@ -7,6 +7,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Workload:
     answer: int
 
     def requests(self, count: int) -> list[Request]:
-        options = dict(max_new_tokens=self.answer, ignore_eos=True)
+        options: dict[str, Any] = dict(max_new_tokens=self.answer, ignore_eos=True)
         pairs = zip(self.prompts.ids[:count], self.picture)
         return [Request(ids, [self.pictures[at]], **options) for ids, at in pairs]
 

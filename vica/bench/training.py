@@ -113,7 +113,8 @@ def make_batch(config, mix: Mix, lengths: np.ndarray, seed: int) -> dict:
 
 def measure(models: Models, stage: str, column: str, batches: list[dict], repeats: int, peak: float) -> dict:
     """Returns a column's cell, with the seconds of each round over all batches."""
-    timing, losses = Timing(), []
+    timing = Timing()
+    losses: list[torch.Tensor] = []
     samples = sum(len(b["input_ids"]) for b in batches)
     with failures_noted(timing, models.device):
         subject = (Peer if column == "transformers" else Ours)(models, column, stage)
@@ -207,7 +208,7 @@ def stage_table(stage: str, cells: list[dict], batches: list[dict]) -> str:
         f"{stage}: {samples} samples ({images} with an image), {(text - images) / samples:.0f} text tokens each, "
         f"{len(batches[0]['input_ids'])} a step, gradient checkpointing"
     )
-    rows = [("", "samples/s", "against dense", "against mask", "peak, GB", "FLOP use")]
+    rows: list[tuple] = [("", "samples/s", "against dense", "against mask", "peak, GB", "FLOP use")]
     for cell in cells:
         rate = cell.get("samples_per_s")
         if rate is None:
@@ -215,6 +216,7 @@ def stage_table(stage: str, cells: list[dict], batches: list[dict]) -> str:
             continue
         memory = f"{cell['peak_bytes'] / 1e9:.1f}" if cell["peak_bytes"] else ""
         use = f"{cell['flop_use']:.0%}" if "flop_use" in cell else ""
-        against = [ratio(1 / rate, 1 / by[x]) if by.get(x) else "" for x in ("dense", "mask")]
+        others = [by.get(x) for x in ("dense", "mask")]
+        against = [ratio(1 / rate, 1 / other) if other else "" for other in others]
         rows.append((COLUMNS[cell["column"]], f"{rate:.2f}", *against, memory, use))
     return f"{title}\n\n{table(rows)}"

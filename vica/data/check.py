@@ -72,7 +72,9 @@ class Check(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Finding:
-        record, ids, labels = self.samples[index], [], []
+        record = self.samples[index]
+        ids: list[int] = []
+        labels: list[int] = []
         name = id_of(record, self.samples.name(index))
         try:
             check_record(record)

@@ -77,7 +77,8 @@ def deal(megabatch: list[int], sizes: list[int], ranks: int) -> list[int]:
     """Returns the megabatch as the ranks' shares one after the other: each sample, longest first, goes to the lightest
     rank."""
     room = -(-len(megabatch) // ranks)
-    shares, load = [[] for _ in range(ranks)], [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
     for index in sorted(megabatch, key=sizes.__getitem__, reverse=True):
         lightest = min((rank for rank in range(ranks) if len(shares[rank]) < room), key=load.__getitem__)
         shares[lightest].append(index)

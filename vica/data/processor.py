@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -122,7 +123,7 @@ class ViCAProcessor(ProcessorMixin):
         _refuse(unknown)
         if text is None and images is None:
             raise ViCAError("the processor needs text, images or both; got neither")
-        data = {}
+        data: dict[str, Any] = {}
         prompts = None if text is None else _as_prompts(text)
         if prompts is not None:
             sequences = [self.tokenize(prompt, add_special_tokens) for prompt in prompts]

@@ -184,7 +184,7 @@ def id_of(record, name: str) -> str:
 
 def length_of(record) -> int:
     turns = record.get("conversations") if isinstance(record, Mapping) else None
-    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    texts = [text for text in texts if isinstance(text, str)]
+    values = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    texts = [text for text in values if isinstance(text, str)]
     words = max(1, sum(len(text.split()) for text in texts))
     return words if any(IMAGE_MARK in text for text in texts) else -words

@@ -37,6 +37,7 @@ def by_engine(engine: Engine, questions: Iterable[Question], tokens: int, **opti
 
     for request in engine.results(requests()):
         result = request.result
+        assert result is not None  # `results` yields a request once it is done
         yield request.id, None if result.error else result.text.strip(), result.error
     yield from failed
 

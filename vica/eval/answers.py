@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ..utils.errors import ViCAError
 from .task import Question, listed
@@ -21,12 +22,14 @@ def answer_line(question: Question, text: str | None, error: str | None = None) 
 
 class AnswerFiles:
     def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.part, self.file = folder, folder / PARTS.replace("*", f"{rank:04}"), None
+        self.folder, self.part = folder, folder / PARTS.replace("*", f"{rank:04}")
+        self.file: TextIO | None = None
 
     def restart(self) -> None:
         """Removes all earlier files, the settings last: after a kill in between, the remaining files can still be
         identified."""
-        for name in (*self._parts(), FINAL, *self._submission(), RESULT, SETTINGS):
+        names: list[str | Path] = [*self._parts(), FINAL, *self._submission(), RESULT, SETTINGS]
+        for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
     def claim(self, settings: dict) -> None:

@@ -50,7 +50,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     figures = {"all": _count(questions, answers)}
     if structured := [question for question in questions if "structural" in question.gold]:
-        kinds = {"binary": [], "open": []}
+        kinds: dict[str, list[Question]] = {"binary": [], "open": []}
         for question in structured:
             kinds["open" if question.gold["structural"] == "query" else "binary"].append(question)
         figures |= {kind: _count(asked, answers) for kind, asked in kinds.items()}

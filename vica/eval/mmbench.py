@@ -81,25 +81,25 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     rows_of: dict[int, list[tuple[Question, bool]]] = defaultdict(list)
     for one in sorted(questions, key=lambda one: one.id):  # the unrotated row comes first
         right = chosen(answers[one.id], one.gold["options"]) == one.gold["answer"]
-        rows_of[one.id % TURN].append((one, right))
+        rows_of[int(one.id) % TURN].append((one, right))
     parts = {"all": _accuracies(rows_of.values())}
     for kind in ("l2-category", "category"):
         for name in sorted({str(rows[0][0].gold[kind]) for rows in rows_of.values()}):
             mine = [rows for rows in rows_of.values() if str(rows[0][0].gold[kind]) == name]
             parts[f"{kind}: {name}"] = _accuracies(mine)
     kinds = ("circular", "vanilla", "vanilla_all")
-    table = [("ability", "circular", "vanilla", "vanilla, all rows", "questions")]
+    table: list[tuple] = [("ability", "circular", "vanilla", "vanilla, all rows", "questions")]
     table += [(name, *(f"{part[kind]:.2f}" for kind in kinds), part["questions"]) for name, part in parts.items()]
     return Score("circular accuracy", parts["all"]["circular"], table, {**parts["all"], "parts": parts})
 
 
 def _accuracies(groups: Iterable[list[tuple[Question, bool]]]) -> dict[str, float]:
-    groups = [[right for _, right in rows] for rows in groups]
+    rights = [[right for _, right in rows] for rows in groups]
     return {
-        "questions": len(groups),
-        "circular": percent(sum(map(all, groups)), len(groups)),
-        "vanilla": percent(sum(rows[0] for rows in groups), len(groups)),
-        "vanilla_all": percent(sum(map(sum, groups)), sum(map(len, groups))),
+        "questions": len(rights),
+        "circular": percent(sum(map(all, rights)), len(rights)),
+        "vanilla": percent(sum(rows[0] for rows in rights), len(rights)),
+        "vanilla_all": percent(sum(map(sum, rights)), sum(map(len, rights))),
     }
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import ViCAError
 from .data import hub_rows, need, stored_image
@@ -23,7 +24,8 @@ YES_OR_NO = "Please answer yes or no."  # MME's own files end with it; LLaVA ask
 
 def read(folder: Path, split: str) -> list[Question]:
     root, path = need(folder / "MME_Benchmark_release_version", RELEASE), folder / "llava_mme.jsonl"
-    asked, known = [], {}
+    asked: list[tuple[str, str, str, Path | StoredImage, str]] = []
+    known: dict[str, dict[str, str]] = {}
     for name, text, category in records(path, eval_zip(folder), "question_id", "text", "category"):
         known[name] = known.get(name) or _answers(root, name)
         if (bare := _bare(text)) not in known[name]:
@@ -43,7 +45,8 @@ def read_hub(split: str) -> list[Question]:
 
 def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
-    figures, rows = {}, [("category", "accuracy", "accuracy+", "score")]
+    figures: dict[str, dict[str, Any]] = {}
+    rows: list[tuple] = [("category", "accuracy", "accuracy+", "score")]
     for group, categories in GROUPS.items():
         asked = {name: [q for q in questions if q.gold["category"] == name] for name in categories}
         counted = {name: _count(asked[name], answers) for name in categories if asked[name]}
@@ -74,7 +77,8 @@ def _count(asked: Sequence[Question], answers: Answers) -> dict:
 def _paired(asked: Iterable[tuple[str, str, str, Path | StoredImage, str]]) -> list[Question]:
     """Returns questions from (picture's name, prompt, category, picture, answer). LLaVA names both questions of a
     picture after it."""
-    times, questions, categories = Counter(), [], sum(GROUPS.values(), [])
+    times: Counter[str] = Counter()
+    questions, categories = [], sum(GROUPS.values(), [])
     for name, prompt, category, picture, answer in asked:
         if category not in categories:
             raise ViCAError(f"MME has no category {category!r}, of {name}; it has {', '.join(categories)}")

@@ -63,7 +63,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
             figures[kind] = _count(said)
     average = {name: sum(split[name] for split in figures.values()) / len(figures) for name in FIGURES}
     figures["average"] = average
-    rows = [("split", "accuracy", "precision", "recall", "F1", "yes ratio")]
+    rows: list[tuple] = [("split", "accuracy", "precision", "recall", "F1", "yes ratio")]
     rows += [(kind, *(f"{split[name]:.2f}" for name in FIGURES)) for kind, split in figures.items()]
     return Score("F1", average["f1"], rows, figures)
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..utils.errors import ViCAError
 from .answering import Answerer
 from .answers import FINAL, RESULT, AnswerFiles, answer_line, as_json, read_answers, write_whole
 from .ranks import Ranks
-from .task import Question, Score, Task, check_answers, check_ids
+from .task import Answers, Question, Score, Task, check_answers, check_ids
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_task(
     files.drop_cut_line()
     ranks.wait()  # all must have read before any of them appends
     start = time.perf_counter()
-    lines = {question.id: known[question.id] for question in mine if question.id in known}
+    lines: dict[Hashable, dict] = {question.id: known[question.id] for question in mine if question.id in known}
     asked_here = [question for question in mine if question.id not in known]
     lines |= answer_questions(task, asked_here, answer, files, ranks, len(lines))
     gathered = ranks.gather((lines, len(asked_here), time.perf_counter() - start))
@@ -117,8 +117,8 @@ def score_file(
     failed = {id: line["error"] for id, line in lines.items() if "error" in line}
     score = submission = None
     if not failed or allow_errors:
-        wrong = {question.id: task.wrong(question) for question in questions if question.id in failed}
-        answers = {id: wrong.get(id, line.get("text")) for id, line in lines.items()}
+        wrong: Answers = {question.id: task.wrong(question) for question in questions if question.id in failed}
+        answers = {id: wrong[id] if id in wrong else line.get("text", "") for id, line in lines.items()}
         check_answers(questions, answers)
         score = task.score(questions, answers)
         submission = task.submit(questions, answers, folder) if task.submit else None
@@ -139,14 +139,14 @@ def digest(questions: Sequence[Question]) -> str:
 
 def read_questions(task: Task, root: Path | None, split: str | None, limit: int | None) -> list[Question]:
     """Returns the questions from LLaVA's folders under `root`, or from the hub if that is None."""
-    split, place = task.check_split(split), "the hub" if root is None else root / task.folder
+    split, folder = task.check_split(split), None if root is None else root / task.folder
     try:
-        questions = task.read_hub(split) if root is None else task.read(place, split)
+        questions = task.read_hub(split) if folder is None else task.read(folder, split)
     except ViCAError:
         raise
     # a file of another kind, or an empty field
     except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        reason = f"{type(error).__name__} {error}"
+        reason, place = f"{type(error).__name__} {error}", folder or "the hub"
         raise ViCAError(f"{task.title}'s questions in {place} are not as published: {reason}") from error
     if not questions:
         raise ViCAError(f"{task.title} has no questions in {place}")

@@ -75,7 +75,8 @@ def _count(questions: Sequence[Question], answers: Answers) -> dict:
 def _known(path: Path) -> dict[int | str, list[tuple[str, str, dict]]]:
     """Returns the questions about images by id: for each its picture, its words, and the scorer's data."""
     get = QUESTIONS.format(folder=path.parent)
-    published, known = read_json(path, get), {}
+    published = read_json(path, get)
+    known: dict[int | str, list[tuple[str, str, dict]]] = {}
     try:
         names = {number: name for name, number in published["question_type"].items()}
         for one in published["questions"]:
@@ -88,7 +89,8 @@ def _known(path: Path) -> dict[int | str, list[tuple[str, str, dict]]]:
 
 
 def _with_distinct_ids(questions: Iterable[Question]) -> list[Question]:
-    times, distinct = Counter(), []
+    times: Counter[int | str] = Counter()
+    distinct = []
     for question in questions:
         times[question.id] += 1
         count = times[question.id]

@@ -75,7 +75,7 @@ def _gold(problem: dict) -> dict:
 def chosen(answer: str, choices: int) -> int | None:
     """Returns the number of the choice that an answer names: by a letter alone, by `X. ` at its beginning, or by one
     `The answer is X` with any character after it (the dot of LLaVA's pattern matches any)."""
-    letter = answer
+    letter: str | None = answer
     if answer not in LETTERS:
         said = re.findall(r"The answer is ([A-Z]).", answer)
         letter = answer[0] if answer[:1] in LETTERS and answer[1:3] == ". " else said[0] if len(said) == 1 else None
@@ -90,7 +90,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     figures = {"all": _accuracy(right)}
     for name, belongs in parts.items():
         figures[name] = _accuracy([hit for hit, one in zip(right, questions) if belongs(one.gold)])
-    rows = [("questions about", "accuracy", "questions")]
+    rows: list[tuple] = [("questions about", "accuracy", "questions")]
     rows += [(name, f"{figures[name]['accuracy']:.2f}", figures[name]["questions"]) for name in ("all", *PARTS)]
     accuracy = figures["all"]["accuracy"]
     return Score("accuracy", accuracy, rows, {"accuracy": accuracy, "questions": len(right), "parts": figures})

@@ -1,5 +1,6 @@
 """Defines a benchmark: questions read from one of two places, and a score computed from their answers."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,9 @@ class Question:
 
     @property
     def image_key(self) -> str | None:
-        return self.image.key if isinstance(self.image, StoredImage) else self.image and str(self.image)
+        if isinstance(self.image, StoredImage):
+            return self.image.key
+        return None if self.image is None else str(self.image)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def check_answers(questions: Sequence[Question], answers: Answers) -> None:
 
 
 def check_ids(questions: Sequence[Question]) -> None:
-    seen: set = set()
-    if twice := [q.id for q in questions if q.id in seen or seen.add(q.id)]:
+    times = Counter(question.id for question in questions)
+    if twice := [id for id, count in times.items() for _ in range(count - 1)]:
         raise ViCAError(f"{len(twice)} questions share their id with another: {listed(twice)}")
 
 

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import ViCAError
 from .data import hub_rows, need, read_json, stored_image
@@ -85,7 +86,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
         )
     each = [vqa_accuracy(answers[one.id], one.gold["answers"]) for one in questions]
     overall = percent(sum(each), len(each))
-    figures = {"accuracy": overall, "questions": len(each)}
+    figures: dict[str, Any] = {"accuracy": overall, "questions": len(each)}
     rows: list[tuple] = [("answers", "accuracy", "questions"), ("all", f"{overall:.2f}", len(each))]
     for kind in ("answer_type", "question_type"):
         parts = defaultdict(list)
@@ -110,7 +111,7 @@ def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Pat
     return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})
 
 
-def _write(path: Path, given: dict[int, str]) -> Path:
+def _write(path: Path, given: dict[int | str, str]) -> Path:
     path.write_text(json.dumps([{"question_id": id, "answer": answer} for id, answer in given.items()]))
     return path
 

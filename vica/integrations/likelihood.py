@@ -30,10 +30,10 @@ def log_likelihoods(model, processor, candidates: Sequence[Candidate]) -> list[t
     decoding would give it."""
     encoded = [encode_candidate(processor, candidate) for candidate in candidates]
     check_lengths(model.config, encoded)
-    ids = [torch.tensor(one) for one, _ in encoded]
-    labels = pad_sequence([mark_answer(x, start) for x, (_, start) in zip(ids, encoded)], True, IGNORE)
-    mask = pad_sequence([torch.ones_like(x) for x in ids], True)
-    ids = pad_sequence(ids, True, processor.pad_id)
+    each = [torch.tensor(one) for one, _ in encoded]
+    labels = pad_sequence([mark_answer(x, start) for x, (_, start) in zip(each, encoded)], True, IGNORE)
+    mask = pad_sequence([torch.ones_like(x) for x in each], True)
+    ids = pad_sequence(each, True, processor.pad_id)
     features = image_features(model, processor, [image for x in candidates for image in x.images])
     hidden, tokens = model.model(ids.to(model.device), mask.to(model.device), features)
     places, targets = scored_rows(tokens, labels)

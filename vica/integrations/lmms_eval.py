@@ -113,6 +113,7 @@ class ViCA(lmms):
         asked = prefetch(lambda place: self._request(place, requests[place]), self._by_image(requests), WORKERS)
         with self._bar(len(requests), " answers") as bar:
             for request in self.engine.results(asked):
+                assert request.result is not None  # `results` yields a request once it is done
                 answers[request.id] = self._answer(requests[request.id], request.result)
                 bar.update()
         return answers
@@ -156,7 +157,8 @@ class ViCA(lmms):
         return values
 
     def _likelihoods(self, batch: Sequence[Instance]) -> Iterator[tuple[float, bool]]:
-        candidates, shown = [], {}
+        candidates: list[Candidate] = []
+        shown: dict[tuple, list] = {}
         for instance in batch:
             context, target, *document = instance.args
             key = tuple(document[1:])

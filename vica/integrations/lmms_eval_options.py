@@ -5,7 +5,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -140,7 +140,8 @@ class ImageKeys:
     it. The key only orders the questions; if a dataset does not show its images, each document has a key of its own."""
 
     def __init__(self, datasets: Mapping[str, Mapping[str, Any]]):
-        self.datasets, self.rows = datasets, {}
+        self.datasets = datasets
+        self.rows: dict[tuple[str, str], Any] = {}
 
     def __call__(self, task: str, split: str, doc: int) -> Hashable:
         if (task, split) not in self.rows:
@@ -176,7 +177,7 @@ def content_key(value) -> Hashable:
 def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
     """Yields `make` of each item, in order, from threads that run a little ahead of the consumer."""
     with ThreadPoolExecutor(workers, "vica-documents") as threads:
-        made = deque()
+        made: deque[Future] = deque()
         try:
             for item in items:
                 made.append(threads.submit(make, item))

@@ -147,7 +147,9 @@ def _gqa_record(id: str, image: str, words: str, question: Question) -> dict:
 
 def write_textvqa(folder: Path, pictures: int, seed: int) -> list[dict]:
     """Writes two questions about each printed word, one open and one to answer with yes or no."""
-    lines, records, truth = [], [], []
+    lines: list[dict] = []
+    records: list[dict] = []
+    truth: list[dict] = []
     for _, scene, fact, rng in cases("textvqa", pictures, seed, lambda *of: facts(*of).get("word")):
         id = f"{rng.getrandbits(64):016x}"  # the image's id, which two questions share, as in the real files
         image = f"textvqa/train_images/{id}.jpg"

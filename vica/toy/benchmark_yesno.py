@@ -18,7 +18,7 @@ def _claims(kind: str) -> Callable:
 
     def make(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         fact = facts(scene, rng).get(kind)
-        return fact and (fact.claim.format(fact.answer), fact.claim.format(fact.wrong[0]))
+        return None if fact is None else (fact.claim.format(fact.answer), fact.claim.format(fact.wrong[0]))
 
     return make
 
@@ -33,7 +33,8 @@ def _order(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if not found:
         return None
     thing, relation, other = rng.choice(found)
-    return tuple(f"Is the {thing.name} {asked} the {other.name}?" for asked in (relation, OPPOSITES[relation]))
+    right, wrong = (f"Is the {thing.name} {asked} the {other.name}?" for asked in (relation, OPPOSITES[relation]))
+    return right, wrong
 
 
 # Official categories. Those with True keep images and questions in two separate folders.
@@ -80,7 +81,7 @@ def write_pope(folder: Path, pictures: int, seed: int) -> list[dict]:
     and with something absent that is random, frequent in other pictures, or similar to something present."""
     scenes = [(index, scene, rng) for index, scene, _, rng in cases("pope", (pictures + 1) // 2, seed, lambda *_: True)]
     frequency = Counter(pair for _, scene, _ in scenes for pair in _present(scene))
-    records = {split: [] for split in POPE_SPLITS}
+    records: dict[str, list[dict]] = {split: [] for split in POPE_SPLITS}
     for index, scene, rng in scenes:
         image = f"COCO_val2014_{310196 + 1021 * index:012}.jpg"
         save_picture(scene, folder / "pope/val2014" / image)

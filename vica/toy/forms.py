@@ -14,6 +14,7 @@ OCR = "Reference OCR token: "
 def vary(question: Question, fact: Fact | None, scene: Scene, rng: random.Random) -> Question:
     """Returns the question in a random form. `fact` is the fact that it asks, if it asks one."""
     if question.kind in ("choice", "choice_chinese"):
+        assert fact is not None  # each choice is about one
         return _vary_choice(question, fact, scene, rng)
     words, how = question.text.split("\n")
     lines = [words]

@@ -60,6 +60,7 @@ def questions_about(scene: Scene, rng: random.Random, form: Callable | None = No
     """Returns a question of each kind that the scene allows, in random order. `form` may rewrite each: it takes the
     question, the fact that it asks or None, the scene and `rng`."""
     facts = [fact for make in FACTS if (fact := make(scene, rng))]
+    asked: list[tuple[Question, Fact | None]]
     asked = [(Question(fact.kind, f"{fact.english}\n{SHORT_ANSWER}", fact.answer), fact) for fact in facts]
     for make in (_claim, _choice, _chinese):
         fact = rng.choice(facts)
@@ -152,13 +153,17 @@ def _neighbour(scene: Scene, rng: random.Random) -> Fact | None:
 
 
 def _word(scene: Scene, rng: random.Random) -> Fact | None:
-    return scene.word and Fact(
-        "word",
-        "What word is written in the image?",
-        "图中写的是什么单词？",
-        "Is the word written in the image {}?",
-        scene.word.text,
-        _wrong(WORDS, scene.word.text, rng),
+    return (
+        None
+        if scene.word is None
+        else Fact(
+            "word",
+            "What word is written in the image?",
+            "图中写的是什么单词？",
+            "Is the word written in the image {}?",
+            scene.word.text,
+            _wrong(WORDS, scene.word.text, rng),
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """Questions of the toy world that need no picture."""
 
 import random
+from collections.abc import Iterable
 
 from .questions import OPTION_LETTER, SHORT_ANSWER, Question
 from .world import COLOURS, SHAPES, WORDS
@@ -33,11 +34,13 @@ def _larger(rng: random.Random) -> Question:
 
 
 def _sort(rng: random.Random) -> Question:
-    names, answer = rng.choice(((COLOURS, "colour"), (SHAPES, "shape"), (WORDS, "word")))
+    sorts: tuple[tuple[Iterable[str], str], ...] = ((COLOURS, "colour"), (SHAPES, "shape"), (WORDS, "word"))
+    names, answer = rng.choice(sorts)
     return _short(f"Is {rng.choice(list(names))} a colour, a shape or a word?", answer)
 
 
 def _choice(rng: random.Random) -> Question:
+    sorts: dict[str, Iterable[str]]
     sorts = {"colour": COLOURS, "shape": SHAPES, "word": WORDS, "number": "123456789"}
     order = rng.sample(list(sorts), 4)
     options = "\n".join(f"{letter}. {rng.choice(list(sorts[sort]))}" for letter, sort in zip("ABCD", order))

@@ -38,7 +38,8 @@ def differences(point: Path, args, config: ViCAConfig, trained: Trained) -> list
     if (point / TRAINED_FILE).is_file() == trained.whole:
         kinds = ("stage 1 or adapters, now the whole model", "the whole model, now stage 1 or adapters")
         return [kinds[not trained.whole]]
-    before, now = {}, run_settings(args, config, trained) | fixed_settings(config)
+    before: dict = {}
+    now = run_settings(args, config, trained) | fixed_settings(config)
     if (point / RUN_FILE).is_file():
         before |= read_json(point / RUN_FILE)
     if (point / "config.json").is_file():  # FSDP's pieces come without it

@@ -72,7 +72,7 @@ def part_sizes(model: nn.Module) -> list[tuple[str, int, int]]:
         size = getattr(parameter, "ds_numel", parameter.numel())
         part[0] += size
         part[1] += size if parameter.requires_grad else 0
-    return [(part, *counts) for part, counts in found.items()]
+    return [(part, size, learning) for part, (size, learning) in found.items()]
 
 
 def describe(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -12,7 +13,7 @@ from ..data.skipped import Skipped
 from ..utils.errors import ViCAError
 from ..utils.files import room_needed
 from . import saving
-from .arguments import one_line_complaints
+from .arguments import TrainArguments, one_line_complaints
 from .meter import Meter
 from .resume import write_run
 from .stages import Trained, part_of
@@ -21,6 +22,9 @@ FOR_US = ("sample_ids", "broken")  # entries of a batch that the model does not 
 
 
 class ViCATrainer(Trainer):
+    args: TrainArguments
+    model: nn.Module
+
     def __init__(self, *args, trained: Trained, meter: Meter, skipped: Skipped, **kwargs):
         super().__init__(*args, **kwargs)
         self.trained, self.meter, self.skipped = trained, meter, skipped
@@ -117,14 +121,14 @@ class ViCATrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple, list] = {}
+            parameters: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     own_rate = self.args.mm_projector_lr if part_of(name) == "projector" else None
-                    groups.setdefault((name in decayed, own_rate), []).append(parameter)
+                    parameters.setdefault((name in decayed, own_rate), []).append(parameter)
             with one_line_complaints():
                 chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-                groups = [self.group(*key, parameters) for key, parameters in groups.items()]
+                groups = [self.group(decays, rate, some) for (decays, rate), some in parameters.items()]
                 self.optimizer = chosen(groups, **settings)
         return self.optimizer
 

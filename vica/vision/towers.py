@@ -3,6 +3,8 @@
 Weights are named as LLaVA names them, `vision_tower.vision_tower.vision_model.*`, not as transformers does.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
@@ -24,7 +26,7 @@ class SiglipTower(SiglipVisionModel):
         return run_encoder(self.encoder, self.embeddings(pixels), depth)
 
 
-def run_encoder(encoder: nn.Module, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+def run_encoder(encoder: Any, hidden: torch.Tensor, depth: int) -> torch.Tensor:
     for layer in encoder.layers[:depth]:
         hidden = layer(hidden, None)
     return hidden
@@ -51,6 +53,7 @@ AutoConfig.register(OpenClipConfig.model_type, OpenClipConfig)
 
 class OpenClipTower(PreTrainedModel):
     config_class = OpenClipConfig
+    visual: Any  # open_clip's
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: OpenClipConfig):
@@ -79,7 +82,7 @@ class OpenClipTower(PreTrainedModel):
         return out["image_intermediates"][0]
 
 
-def count_blocks(visual: nn.Module) -> int:
+def count_blocks(visual: Any) -> int:
     """Returns the number of blocks. open_clip's own transformers and timm's, which it wraps, keep them in different
     places."""
     if hasattr(visual, "trunk"):
@@ -105,6 +108,12 @@ def open_clip_visual(name: str) -> nn.Module:
 TOWERS = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower, OpenClipConfig.model_type: OpenClipTower}
 
 
+class NamedTower(nn.Module):
+    """Gives the tower its name in checkpoints, `vision_tower.vision_model`."""
+
+    vision_model: ClipTower | SiglipTower | OpenClipTower
+
+
 class VisionTower(nn.Module):
     """Returns patch features of images, from the layer that the language model was trained with."""
 
@@ -121,7 +130,7 @@ class VisionTower(nn.Module):
                 f"mm_vision_select_layer is {select_layer}; the tower has {config.num_hidden_layers} layers"
             )
         self.skip = CLASS_TOKENS.get(config.model_type, 0) if select_feature == "patch" else 0
-        self.vision_tower = nn.Module()
+        self.vision_tower = NamedTower()
         self.vision_tower.vision_model = TOWERS[config.model_type](config)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
