@@ -1,4 +1,4 @@
-"""scripts/v1_5/eval as its users run it, by one process and by several."""
+"""Tests scripts/v1_5/eval as its users run it, with one process and with several."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def run(name: str, ground: Path, *flags: str, **environment: str) -> subprocess.
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_script_asks_its_benchmark(name, ground, tmp_path):
-    """With nothing named, the shipped checkpoint is asked about the toy world."""
+    """Without any settings the script asks the shipped checkpoint about the toy world."""
     python = tmp_path / "python"
     python.write_text('#!/bin/bash\nif [ "$1" = -c ]; then echo 0; else echo "$@"; fi\n')
     python.chmod(0o755)
@@ -53,8 +53,8 @@ def check_summary(folder: Path, names: list[str], shown: str) -> None:
 
 @pytest.mark.slow
 def test_on_a_new_machine(ground, tmp_path, capsys):
-    """With nothing named, the toy world is drawn if it is not there. Only the first benchmark starts a program: a start
-    takes longer than the questions."""
+    """Without any settings the script draws the toy world if it is not there. Only the first benchmark runs as a
+    script: a start takes longer than the questions."""
     first, *others = TASKS
     done = run(first, ground, "--out", str(tmp_path / "first"), CKPT="", DATA="")
     assert done.returncode == 0, done.stderr
@@ -66,9 +66,9 @@ def test_on_a_new_machine(ground, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes(ground, tmp_path):
-    """Beside another run, which has torchrun's usual port."""
+    """Runs beside another run that uses torchrun's usual port."""
     with contextlib.ExitStack() as taken:
-        with contextlib.suppress(OSError):  # somebody else has it
+        with contextlib.suppress(OSError):  # the port is taken
             taken.enter_context(socket.create_server(("", 29500)))
         done = run("mmbench_cn", ground, "--out", str(tmp_path / "two"), GPUS="2")
     assert done.returncode == 0, done.stderr
@@ -86,7 +86,7 @@ def test_layers_from_the_environment(ground, tmp_path):
     assert summary["benchmarks"][0]["questions"] == 2
 
 
-def test_a_mistake_is_one_line(ground, tmp_path):
+def test_a_mistake_is_a_one_line_error(ground, tmp_path):
     done = run("gqa", ground, "--out", str(tmp_path), DATA=str(tmp_path / "none"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "none/gqa" in done.stderr.strip().splitlines()[-1] and "is not there" in done.stderr

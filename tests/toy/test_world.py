@@ -1,4 +1,4 @@
-"""The toy world: pictures say what the answers say, a blind guesser learns nothing, files are LLaVA's."""
+"""Tests the toy world: pictures show the answers, blind guesses are at chance, and files are LLaVA's."""
 
 import json
 import os
@@ -49,7 +49,7 @@ CLAIMS = {
 
 
 class Eyes:
-    """What is to be seen in a picture: its blobs of one colour. Only what shape they have is told by the scene."""
+    """Sees a picture as blobs of one colour each. It takes only their shapes from the scene."""
 
     def __init__(self, scene, picture):
         self.pixels = np.asarray(picture).astype(int)
@@ -71,7 +71,7 @@ class Eyes:
         return thing
 
     def beside(self, relation: str, other: dict) -> list[dict]:
-        """Nearer than 8 pixels would be a matter of opinion."""
+        """Returns the things on one side of another. A distance under 8 pixels is too small to decide."""
         axis, sign = RELATIONS[relation]
         return [t for t in self.things if sign * (t["at"][axis] - other["at"][axis]) > 8]
 
@@ -130,7 +130,7 @@ class Eyes:
 
 
 def blobs(ink: np.ndarray) -> list[np.ndarray]:
-    """The connected parts, as points (x, y) each."""
+    """Returns the connected parts as arrays of points (x, y)."""
     left, parts = set(zip(*np.nonzero(ink.T))), []
     while left:
         part, edge = [], [left.pop()]
@@ -169,7 +169,7 @@ def drawn(split: str, count: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_answers_are_what_the_picture_shows(split):
+def test_pictures_show_the_answers(split):
     kinds = Counter()
     for scene, rng in drawn(split, 100):
         eyes = Eyes(scene, draw(scene))
@@ -190,7 +190,7 @@ def test_answers_are_what_the_picture_shows(split):
     assert set(kinds) == set(KINDS) and min(kinds.values()) > 20
 
 
-def test_captions_say_what_the_picture_shows():
+def test_captions_describe_the_picture():
     place = "(?:top |centre |bottom )?(?:left|centre|right)"
     for scene, rng in drawn("train", 80):
         eyes, text = Eyes(scene, draw(scene)), caption(scene, rng)
@@ -215,7 +215,7 @@ def test_chinese_names():
 
 
 def test_shapes_and_letters_look_different():
-    """By a twentieth of their ink at least, small ones too."""
+    """Each pair must differ by at least a twentieth of its ink, at small sizes too."""
     shapes = {shape: np.asarray(world._shape_mask(shape, 20)) / 255 for shape in SHAPES}
     glyphs = {letter: letters.cover(letter) / 255 for letter in letters.STROKES}
     assert set("".join(world.WORDS)) == set(glyphs)
@@ -238,15 +238,16 @@ def test_words_are_inside_the_picture_and_alone_in_their_row():
 def test_splits_share_no_combination():
     things = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     pairs = list(combinations(things, 2))
-    strangers = {pair for pair in pairs if world.hold_test_pair(pair)}
-    assert 0.15 < len(strangers) / len(pairs) < 0.25 and strangers == {
+    test_pairs = {pair for pair in pairs if world.hold_test_pair(pair)}
+    assert 0.15 < len(test_pairs) / len(pairs) < 0.25 and test_pairs == {
         p for p in pairs if world.hold_test_pair(p[::-1])
     }
-    assert all(5 < sum(thing in pair for pair in strangers) < 15 for thing in things)  # in both kinds of company
+    # each thing occurs in pairs of both splits
+    assert all(5 < sum(thing in pair for pair in test_pairs) < 15 for thing in things)
     for split in SPLITS:
         for scene, _ in drawn(split, 1000):
             names = sorted(((t.shape, t.colour) for t in scene.things), key=things.index)
-            assert (split == "test") == bool(strangers & set(combinations(names, 2)))
+            assert (split == "test") == bool(test_pairs & set(combinations(names, 2)))
             assert world.is_train_scene(scene) == (split == "train")
 
 
@@ -278,7 +279,7 @@ def test_twins_differ_in_one_thing_or_have_exchanged_one():
     assert min(changed.values()) > 40
 
 
-# The best constant answer's share of a kind, and that of the best answer learned for each text: no more than these.
+# Upper bounds: the best constant answer's share of a kind, and that of the best answer learned for each text.
 CONSTANT = dict.fromkeys(KINDS, 0.55) | dict(
     comparison=0.08, neighbour=0.2, colour=0.2, shape=0.2, ground=0.3, count=0.3, place=0.15, word=0.07, choice=0.3,
     choice_chinese=0.3,
@@ -318,7 +319,7 @@ def test_the_language_is_closed():
 
 
 def test_the_language_has_sentences_and_conversations():
-    """Either with and without a picture in mind."""
+    """Both occur with a picture's caption and without."""
     talks, sentences = [], []
     for text in language(200):
         (talks if "USER:" in text else sentences).append(text)
@@ -336,7 +337,7 @@ def contents(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_seed_is_a_world(folder, tmp_path):
+def test_a_seed_gives_one_world(folder, tmp_path):
     files = contents(folder)
     assert len(files) == 60 + 10 + 3 == len({*files.values()})
     command = [sys.executable, "-m", "vica.toy.write", "--folder", str(tmp_path / "again")]
@@ -387,7 +388,7 @@ def test_training_questions_have_many_forms_and_right_answers(folder):
 
 
 def check_form(eyes: Eyes, text: str, answer: str) -> list[str]:
-    """What a question has besides itself; all of it must be true, and the answer right."""
+    """Returns the parts of a question beside itself. All of them must be true, and the answer right."""
     lines, found = text.split("\n"), []
     found.append(lines.pop() if lines[-1] in (SHORT_ANSWER, OPTION_LETTER, OPTION_LETTER_CHINESE) else "no prompt")
     options = [line for line in lines if re.match("[A-D]. ", line)]
