@@ -256,6 +256,7 @@ def test_throughput(capsys, monkeypatch):
     assert sum(encoded) == 2 * 2 * 2, "each run of both engines meets each picture for the first time, and once"
 
 
+@pytest.mark.slow
 def test_training(capsys):
     """Every column takes the same steps: as many samples, and the same loss if it computes the same function."""
     out, found = bench(capsys, "train", "--preset", "toy", "--samples", "2", "--batch", "2", "2", "--repeats", "1")
@@ -271,6 +272,7 @@ def test_training(capsys):
     assert "against dense" in out and "samples/s" in out
 
 
+@pytest.mark.slow
 def test_evaluation(capsys):
     out, report = bench(capsys, "eval", "--preset", "toy", "--questions", "4", "--peer-questions", "1")
     cells = {cell["name"]: cell for cell in report["cells"]}

@@ -82,6 +82,7 @@ requests = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     asked=st.lists(requests, min_size=1, max_size=7),
