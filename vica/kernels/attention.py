@@ -162,7 +162,7 @@ class Kernel:
         return (self.name or self.implementation) == "eager"
 
     def __call__(self, q, k, v, runs: Runs) -> torch.Tensor:
-        return KERNELS[self.name or self._best(q)](q, k, v, runs)
+        return KERNELS[self.name or self._best(q)](q, k, v, runs) if len(q) else q
 
     def _best(self, q: torch.Tensor) -> str:
         """Flash kernels want half precision on CUDA and head sizes in steps of 8 up to 256: all else takes SDPA."""
