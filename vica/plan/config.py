@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from ..utils.errors import ViCAError
 from . import formats
 from .layer import LayerPlan, check_plan, plan_from_json, plan_to_json
-from .vica import check_freeze_prefix, check_variant, make_plan, missing_layers_message, parse_t2v_layers
+from .vica import check_freeze_prefix, check_variant, make_plan, missing_layers_message, parse_t2v_layers, replaces_plan
 
 IMAGE_TOKEN_INDEX = -200
 PROJECTORS = ("linear", "mlp2x_gelu", "identity")
@@ -124,7 +124,10 @@ class ViCAConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs: Any) -> "ViCAConfig":
-        return super().from_dict(formats.read_config(config_dict), **kwargs)
+        fields = formats.read_config(config_dict)
+        if replaces_plan(kwargs):
+            fields = {**fields, "custom_plan": None}
+        return super().from_dict(fields, **kwargs)
 
     def to_diff_dict(self) -> dict:
         """Returns what config.json holds: LLaVA's flat form, which LLaVA's own loader reads too."""

@@ -1,8 +1,8 @@
 """What a plan costs, counted from the config alone: a multiply-add is two FLOPs.
 
 Counted are the linear maps of every token that a layer works on, attention of the pairs that see each other (the causal
-half), and the vocabulary's map of the tokens that need logits. Norms, rotary and softmax are not counted, nor is the
-ranking of a drop: one query against keys, once.
+half), and the vocabulary's map of tokens that need logits. Norms, rotary and softmax are not counted, nor, as in the
+papers, the ranking of a drop: one query's attention and, for rank "own", the keys that it needs.
 """
 
 from collections.abc import Sequence

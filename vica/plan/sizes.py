@@ -10,7 +10,7 @@ def kv_bytes(config: ViCAConfig, bytes_each: int = 2, visual: int = 1) -> tuple[
     tokens hold fewer: give the image's true size there."""
     text, plan = config.text_config, config.plan
     entry = 2 * text.num_key_value_heads * text.head_dim * bytes_each
-    held = sum(present for layer, present in zip(plan, visual_at(plan, visual)) if layer.reads)
+    held = sum(present for layer, present in zip(plan, visual_at(plan, visual)) if layer.updates or layer.reads)
     return entry * held, entry * text.num_hidden_layers
 
 

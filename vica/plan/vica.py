@@ -1,6 +1,7 @@
 """The plans of ViCA and dense, and the settings that choose them: variant, T2V layers, prefix rule."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..utils.errors import ViCAError
@@ -66,6 +67,13 @@ def check_freeze_prefix(value: Any, num_layers: int, source: str = "freeze_prefi
     if isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= num_layers):
         return value
     raise ViCAError(f"{source} is {value!r}; it must be true, false or a layer number from 0 to {num_layers}")
+
+
+def replaces_plan(settings: Mapping[str, Any]) -> bool:
+    """Returns whether settings that a caller names replace a custom plan: layers, a prefix rule, or dense do. accel and
+    mask follow any plan."""
+    wired = (settings.get("t2v_layers"), settings.get("freeze_prefix"))
+    return wired != (None, None) or settings.get("variant") == "dense"
 
 
 def parse_prefix_rule(value: str | None) -> bool | int | None:

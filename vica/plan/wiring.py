@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..utils.errors import ViCAError
 from ..utils.files import read_json
 from .config import ViCAConfig
-from .vica import check_freeze_prefix, check_variant, parse_prefix_rule, parse_t2v_layers
+from .vica import check_freeze_prefix, check_variant, parse_prefix_rule, parse_t2v_layers, replaces_plan
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,17 @@ class Setting:
     """A field of both Wiring and ViCAConfig.
 
     `parse` takes a value, the model's number of layers and what an error calls the value. `variable` is read from the
-    environment. A setting with `decides_plan` replaces a custom plan by the wiring that the settings name.
+    environment.
     """
 
     name: str
     parse: Callable[[Any, int, str], Any]
     variable: str | None = None
     in_recipes: bool = True
-    decides_plan: bool = True
 
 
 SETTINGS = (
-    Setting("variant", check_variant, in_recipes=False, decides_plan=False),
+    Setting("variant", check_variant, in_recipes=False),
     Setting("t2v_layers", parse_t2v_layers, variable="T2V_LAYERS"),
     Setting("freeze_prefix", check_freeze_prefix),
 )
@@ -105,8 +104,7 @@ def changed(config: ViCAConfig, found: Found) -> ViCAConfig:
     config = copy.deepcopy(config)
     for setting, value, name in found:
         setattr(config, setting.name, setting.parse(value, config.text_config.num_hidden_layers, name))
-    named = {setting.name for setting, _, _ in found}
-    if any(setting.decides_plan for setting, _, _ in found) or ("variant" in named and config.variant == "dense"):
+    if replaces_plan({setting.name: value for setting, value, _ in found}):
         config.custom_plan = None
     config.require_layers()
     return config

@@ -11,10 +11,10 @@ from ..plan.formats import CLASS_TOKENS
 from ..utils.errors import ViCAError
 
 
-# Subclasses of ours, because transformers renames the weights of its own towers when they are nested in a model.
+# Subclasses, because transformers renames the weights of its own tower classes where a model contains one.
 class ClipTower(CLIPVisionModel):
     def hidden_state(self, pixels: torch.Tensor, depth: int) -> torch.Tensor:
-        """The sequence after `depth` encoder layers; later layers are not run."""
+        """Returns the sequence after `depth` encoder layers. Later layers do not run."""
         hidden = self.pre_layrnorm(self.embeddings(pixels))
         return run_encoder(self.encoder, hidden, depth)
 
@@ -31,8 +31,8 @@ def run_encoder(encoder: nn.Module, hidden: torch.Tensor, depth: int) -> torch.T
 
 
 class OpenClipConfig(PreTrainedConfig):
-    """An open_clip model by its name. `hidden_size` and the other figures are the tower's own, kept in the config so
-    that a checkpoint can be described without building it."""
+    """An open_clip model, by its name. `hidden_size` and the other figures repeat the tower's own, so that a checkpoint
+    can be described without building it."""
 
     model_type = "open_clip_vision"
     base_config_key = "vision_config"
@@ -65,13 +65,13 @@ class OpenClipTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The weights stay open_clip's own. Position tables, which no checkpoint holds, are filled in again, because
+        """Leaves the weights as open_clip made them, and fills position tables in again: no checkpoint holds them, and
         transformers empties them while it loads."""
         for name, table in self.tables.items():
             self.get_buffer(name).copy_(table)
 
     def hidden_state(self, pixels: torch.Tensor, depth: int) -> torch.Tensor:
-        """Patch tokens after `depth` blocks; open_clip strips the class token itself."""
+        """Returns the patch tokens after `depth` blocks. open_clip strips the class token itself."""
         out = self.visual.forward_intermediates(
             pixels, indices=[depth - 1], stop_early=True, normalize_intermediates=False, output_fmt="NLC",
             intermediates_only=True,
@@ -80,24 +80,26 @@ class OpenClipTower(PreTrainedModel):
 
 
 def count_blocks(visual: nn.Module) -> int:
-    """open_clip keeps its own transformers' blocks in one place, and timm's, which it wraps, in another."""
+    """Returns how many transformer blocks the tower has. open_clip keeps those of its own towers in one place and those
+    of timm's towers in another."""
     if hasattr(visual, "trunk"):
         return len(getattr(visual.trunk, "blocks", ()))
     return len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 0
 
 
-# In place of the text tower, which is not used: some are large, and some are fetched from the hub.
+# Settings of a tiny text tower, which is not used. The models' own are large, or come from the hub.
 NO_TEXT = dict(width=8, heads=1, layers=1, vocab_size=8, context_length=8)
 
 
 def open_clip_visual(name: str) -> nn.Module:
+    """Returns the vision half of an open_clip model with random weights."""
     try:
         import open_clip
     except ImportError as error:
         raise ViCAError(f"the tower {name!r} needs open_clip: pip install 'vica[open_clip]'") from error
     if name not in open_clip.list_models():
         raise ViCAError(f"open_clip knows no model {name!r}; open_clip.list_models() lists them")
-    with torch.device("cpu"):  # some towers compute tables while they are built, which fails on the meta device
+    with torch.device("cpu"):  # some towers compute tables in their constructor, which fails on the meta device
         return open_clip.create_model(name, pretrained=None, pretrained_text=False, text_cfg=NO_TEXT).visual
 
 
@@ -105,7 +107,7 @@ TOWERS = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower, Op
 
 
 class VisionTower(nn.Module):
-    """Patch features of images, from the layer the language model was trained with."""
+    """Turns images into patch features, of the layer that the language model was trained with."""
 
     def __init__(self, config: PreTrainedConfig, select_layer: int = -2, select_feature: str = "patch"):
         super().__init__()
@@ -124,7 +126,7 @@ class VisionTower(nn.Module):
         self.vision_tower.vision_model = TOWERS[config.model_type](config)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] to [N, patches, features]."""
+        """Returns features [N, patches, width] of pixels [N, 3, H, W]."""
         tower = self.vision_tower.vision_model
         expected = (3, tower.config.image_size, tower.config.image_size)
         if tuple(pixels.shape[1:]) != expected:
