@@ -129,11 +129,12 @@ def convert(source, target, to: str, base=None, shard_size: str = files.SHARD_SI
         read = partial(adapters.merged_weights, ViCAForConditionalGeneration, source.folder, origin, config)
     elif base is not None:
         raise ViCAError(f"--base is {str(base)!r}, but {source.folder} holds no adapters to merge into it")
-    processor = load_processor(source.folder if holds_tokenizer(source.folder) else origin.folder, config)
+    saved = load_processor(source.folder if holds_tokenizer(source.folder) else origin.folder, config)
+    processor: ViCAProcessor | LlavaProcessor | None = saved
     image_token = None
-    if to == "hf" and processor is not None and config.vision_config is not None:
-        processor = hf_processor(processor, config)
-        image_token = processor.image_token_id
+    if to == "hf" and saved is not None and config.vision_config is not None:
+        processor = theirs = hf_processor(saved, config)
+        image_token = theirs.image_token_id
     return rewrite(read, origin.folder, target, to, config, processor, image_token, shard_size)
 
 
@@ -142,7 +143,8 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:
-    """Returns transformers' processor for the same tokens and pixels."""
+    """Returns transformers' processor for the same tokens and pixels. The model has a tower."""
+    assert config.vision_config is not None
     tokenizer = copy.deepcopy(processor.tokenizer)
     add_image_token(tokenizer)
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""No word in the README that does not hold: its commands run, its code runs, its paths exist."""
+"""Tests the README: its commands run, its code runs, its paths exist."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def run(command: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
-    """A line of the README with this Python's `vica`, MODEL being the toy model."""
+    """Runs a line of the README with this Python's `vica`, MODEL being the toy model."""
     command = re.sub(r"\b(MODEL|CONVERTED)\b", lambda m: shlex.quote(str(folder / m[0])), command)
     command = re.sub(r"playground/(toy/eval|answers)", lambda m: shlex.quote(str(folder / m[0])), command)
     command = re.sub(r"(^|\s)vica ", rf"\1{sys.executable} -m vica.cli.main ", command)
@@ -67,13 +67,13 @@ def test_quickstart():
     assert any(line.split() == ["mask", "accel", "dense"] for line in lines)
     assert any(re.match(r"same answers as mask\s+-\s+6 of 6\s", line) for line in lines)
     apart = next(match for line in lines if (match := re.match(r"largest logit difference\s+-\s+(\S+)\s", line)))
-    assert float(apart[1]) < 1e-3  # 0 where the kernels add up alike
+    assert float(apart[1]) < 1e-3  # 0 if the kernels sum in the same order
     right = next(match for line in lines if (match := re.match(r"all\s+\d+\s+(\d+)\s+(\d+)$", line)))
     assert min(int(right[1]), int(right[2])) > 95, "trained, not guessing"
 
 
 def test_python_examples(folder):
-    """In one go: the later ones go on with what the first has loaded."""
+    """Runs them in one go: later ones use the objects of the first."""
     code = "\n".join(body for kind, body in BLOCKS if kind == "python")
     for name in ("MODEL", "pictures.safetensors"):
         code = code.replace(f'"{name}"', repr(str(folder / name)))
@@ -84,7 +84,8 @@ def test_python_examples(folder):
 
 
 def test_figures_are_those_measured():
-    """Of the toy claim and of the benchmarks' hours, in the README and in docs/results, from the raw files."""
+    """Compares the figures of the toy claim and of the benchmarks' hours, in the README and in docs/results, with the
+    raw files."""
     results = ROOT / "docs/results"
     table = claim.markdown(json.loads((results / "toy/claim.json").read_text()))
     told = table.replace("training, s", "training of stage 2, s")
@@ -107,7 +108,7 @@ def test_figures_are_those_measured():
 
 
 def test_paths_exist():
-    """Whatever looks like a path of this repository, in text, tables and the map of the code."""
+    """Checks everything that looks like a path of this repository, in text, tables and the map of the code."""
     plain = re.findall(r"(?:vica|configs|scripts|docs|tests|playground)/[\w./-]*\w/?", README)
     base = ""
     for line in MAP.splitlines():
@@ -115,7 +116,7 @@ def test_paths_exist():
             base = match[1]
         plain += [base + name for name in re.findall(r"\b\w+\.(?:py|sh)\b", line)]
     assert len(plain) > 30
-    made = ("playground/toy/eval", "playground/answers", "playground/data")  # by a user, or for one
+    made = ("playground/toy/eval", "playground/answers", "playground/data")  # made by a user, or for one
     missing = [p for p in plain if not (ROOT / p).exists() and not p.startswith(made)]
     assert not missing
 

@@ -31,7 +31,7 @@ def is_adapter(name: str) -> bool:
 
 def base_of(folder: Path) -> str:
     """Returns the name of the model that the adapters were trained on, as their config tells it."""
-    name = read_json(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path")
+    name: str | None = read_json(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
         raise ViCAError(f"{folder / files.ADAPTER_CONFIG} does not name its base model: give --base")
     return name
@@ -58,7 +58,8 @@ def merged_weights(model_class: Any, folder: Path, base: Source, config: ViCACon
     placed = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     if wrong := sorted(name for name in adapters.keys() ^ placed.keys() if is_adapter(name)):
         raise ViCAError(f"the adapters of {folder} do not fit {base.folder}: {wrong[0]} is in one of the two only")
-    return model.merge_and_unload().state_dict()
+    merged: torch.nn.Module = model.merge_and_unload()
+    return merged.state_dict()
 
 
 def read_adapters(folder: Path) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ def tower_config(name: str, cache_dir: str | os.PathLike | None = None) -> PreTr
     if known is not None and not Path(name).is_dir():  # a private copy on another machine
         return AutoConfig.for_model(**known)
     try:
-        config = AutoConfig.from_pretrained(find_folder(name, weights=False, cache_dir=cache_dir))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(find_folder(name, weights=False, cache_dir=cache_dir))
     except Exception as error:  # our own errors, and whatever transformers raises at a broken config
         reason = " ".join(str(error).split())[:200]
         raise ViCAError(f"the vision tower {name!r} that the checkpoint names cannot be read: {reason}") from error

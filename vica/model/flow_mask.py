@@ -20,7 +20,7 @@ from ..plan.layer import Drop, LayerPlan, drops_before
 from ..utils.errors import ViCAError
 from .backbone_llama import Block
 from .cache import CacheEntries
-from .call import Call, Packs, Run
+from .call import Call, Packs, Run, among_ranks
 from .layout import Tokens, last_text_tokens, pad_index, ranks_in_row
 from .scores import attention_rows, keep_highest
 
@@ -144,9 +144,12 @@ class MaskFlow:
         pos = place.pos - (call.closed_gaps[segment] - call.closed_gaps[segment - 1])[tokens.row]
         first = call.tokens.visual_counts
         counts = np.array([drop.count(int(n), int(m)) for n, m in zip(first, tokens.visual_counts)])
-        stays = np.ones(len(tokens), bool)
-        if (counts != tokens.visual_counts).any():
-            stays[tokens.visual] = self._staying(block, drop, counts, x, place, pos)
+        scores, stays = place.scores, np.ones(len(tokens), bool)
+        fewer = (counts != tokens.visual_counts).any()
+        if drop.rank == "own" and (fewer or (block.training and among_ranks())):
+            scores = self._own_scores(block, x, place, pos)
+        if fewer:
+            stays[tokens.visual] = self._staying(drop, counts, scores, place)
         kept, pos, gaps = tokens.select(stays), pos[stays], self.gaps[segment - 1]
         if drop.renumber:
             pos = (call.start - call.closed_gaps[segment])[kept.row] + ranks_in_row(kept.row, kept.batch)
@@ -157,11 +160,10 @@ class MaskFlow:
         index = after.padded(where, 0)
         return x.flatten(0, 1)[call.tensor(index)], after
 
-    def _staying(self, block, drop: Drop, counts: np.ndarray, x, place: Present, pos: np.ndarray) -> np.ndarray:
+    def _staying(self, drop: Drop, counts: np.ndarray, scores: torch.Tensor | None, place: Present) -> np.ndarray:
         """Returns a mask over the visual tokens."""
         if drop.rank is None:
             return np.zeros(place.tokens.visual.sum(), bool)
-        scores = place.scores if drop.rank == "previous" else self._own_scores(block, x, place, pos)
         index = pad_index(place.tokens.row[place.tokens.visual], place.tokens.batch)
         at = self.call.tensor(np.maximum(index, 0))
         stays = keep_highest(scores, at, self.call.tensor(index >= 0), self.call.tensor(counts))

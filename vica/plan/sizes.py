@@ -19,8 +19,8 @@ def visual_tokens(config: ViCAConfig) -> int:
     vision = config.vision_config
     if vision is None:
         return 0
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return patches + (config.mm_vision_select_feature == "cls_patch" and vision.model_type == "clip_vision_model")
+    side: int = vision.image_size // vision.patch_size
+    return side**2 + (config.mm_vision_select_feature == "cls_patch" and vision.model_type == "clip_vision_model")
 
 
 def positions(config: ViCAConfig, ids: list[int]) -> int:

@@ -39,7 +39,7 @@ def check_variant(value: Any, num_layers: int, source: str = "variant") -> str:
     """Returns the variant. The number of layers does not matter: every setting's parser takes it."""
     if value not in VARIANTS:
         raise ViCAError(f"{source} is {value!r}; it must be one of {', '.join(VARIANTS)}")
-    return value
+    return str(value)
 
 
 def parse_t2v_layers(value: Any, num_layers: int, source: str = "t2v_layers") -> list[int]:

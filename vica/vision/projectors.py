@@ -1,10 +1,9 @@
-"""Maps from the tower's features to the language model's width. Module names are LLaVA's, so that its weights fit."""
+"""Projectors from the tower's features to the language model's width. Module names are LLaVA's, so its weights fit."""
 
 from torch import nn
 
 
 def build_projector(kind: str, features: int, width: int) -> nn.Module:
-    """Returns a new projector of a kind that ViCAConfig knows."""
     if kind == "linear":
         return nn.Linear(features, width)
     if kind == "identity":
