@@ -11,14 +11,14 @@ wiring of their own. A new method is a new plan, never a new model class.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ..utils.errors import ViCAError
 
 VISUAL = ("update", "read", "skip")
 RANKS = ("previous", "own")
-ROUNDINGS = {"round": round, "down": math.floor}
+ROUNDINGS: dict[str, Callable[[float], int]] = {"round": round, "down": math.floor}
 
 
 @dataclass(frozen=True)
