@@ -94,7 +94,7 @@ def test_the_default_path_of_a_ragged_batch_makes_no_dense_mask(monkeypatch):
     """[T, T + V] masks would be built by the padded kernels only."""
     import vica.kernels.attention as attention
 
-    monkeypatch.setattr(attention, "Group", None)
+    monkeypatch.setattr(attention, "PaddedRuns", None)
     model = tiny_model().to("cuda", torch.bfloat16)
     with torch.no_grad():
         logits = model(**on_gpu(batch(LAYOUTS["unequal numbers of images"], "left"), torch.bfloat16)).logits

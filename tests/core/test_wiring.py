@@ -44,12 +44,15 @@ UNSEEN = """
 def test_visibility(sees, want):
     pos = np.arange(6)[None]
     visual = np.array([[0, 1, 1, 0, 1, 0]], bool)
-    assert visible(pos, pos, visual, sees)[0].tolist() == table(want)
+    plan = LayerPlan("read" if sees else "skip")
+    text = np.zeros((1, 6), bool)
+    assert visible(pos, text, pos, visual, plan)[0].tolist() == table(want)
 
 
 def test_padding_is_never_seen():
     pos = np.array([[-1, 0, 1]])
-    assert visible(pos, pos, np.zeros((1, 3), bool), True)[0, 2].tolist() == [False, True, True]
+    none = np.zeros((1, 3), bool)
+    assert visible(pos, none, pos, none, LayerPlan())[0, 2].tolist() == [False, True, True]
 
 
 def test_expanded_row():

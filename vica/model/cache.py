@@ -1,41 +1,49 @@
-"""The KV cache of all variants: transformers' dynamic layers, and a book that says which token each entry is.
+"""The KV cache of all variants: transformers' dynamic layers, and entries that say which token each key is.
 
-Layers hold different numbers of entries: in accel, T2V layers hold visual and text tokens, the others only text. So
-positions, padding and visibility are read off the books, never off a layer's length.
+Layers hold different tokens: in accel, layers that read visual tokens hold them beside the text and the others hold
+text alone; behind a drop there are fewer. So order, padding and visibility come from the entries, never from a layer's
+length. Layers that hold the same tokens share their entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..plan.layer import LayerPlan
+from ..plan.layer import LayerPlan, drops_before
 from ..utils.errors import ViCAError
 from .layout import Tokens, pad_index
 
+Kind = tuple[int, bool]  # segment (drops before the layer), and whether the layer holds visual tokens
+
 
 @dataclass
-class Book:
-    """One kind of layer's entries: position in the row (-1: a hole left by padding) and whether it is visual."""
+class CacheEntries:
+    """The keys that layers of one kind hold: their order in the sequence (-1: a hole left by padding), and whether
+    they are visual."""
 
     pos: np.ndarray  # [B, S]
     visual: np.ndarray  # [B, S]
 
     @classmethod
-    def empty(cls, batch: int) -> "Book":
+    def empty(cls, batch: int) -> "CacheEntries":
         return cls(np.zeros((batch, 0), np.int64), np.zeros((batch, 0), bool))
 
-    def append(self, tokens: Tokens, keys: np.ndarray) -> np.ndarray:
-        """Enters the tokens chosen by `keys`; returns [B, new] indices into them, -1 for holes."""
-        index = pad_index(tokens.row[keys], tokens.batch)
-        pos = np.where(index < 0, -1, _take(tokens.pos[keys], index))
-        self.pos = np.concatenate([self.pos, pos], axis=1)
-        self.visual = np.concatenate([self.visual, _take(tokens.visual[keys], index) & (index >= 0)], axis=1)
+    def append(self, tokens: Tokens) -> np.ndarray:
+        """Adds the tokens, which are sorted by row; returns [B, new] indices into them, -1 for holes."""
+        index = pad_index(tokens.row, tokens.batch)
+        self.pos = np.concatenate([self.pos, np.where(index < 0, -1, _take(tokens.pos, index))], axis=1)
+        self.visual = np.concatenate([self.visual, _take(tokens.visual, index) & (index >= 0)], axis=1)
         return index
 
     def select(self, rows: np.ndarray) -> None:
         self.pos, self.visual = self.pos[rows], self.visual[rows]
+
+    def readable(self, text_reads: bool) -> np.ndarray:
+        """Returns the keys that text may read, [B, S]."""
+        return (self.pos >= 0) & (text_reads | ~self.visual)
 
 
 def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -43,9 +51,9 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 class KVLayer(DynamicLayer):
-    """Keeps the first K/V it is given as they are, where transformers' layer copies them onto an empty tensor."""
+    """Keeps the first K/V as they are, where transformers' layer copies them onto an empty tensor."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states, value_states, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
         self.lazy_initialization(key_states, value_states)
@@ -55,28 +63,31 @@ class KVLayer(DynamicLayer):
 
 class ViCACache(Cache):
     """Made by `forward` or `generate`; give it back with the next turn's tokens. `get_seq_length()` counts columns of
-    input_ids (a placeholder is one), as generate slices by it."""
+    input_ids (a placeholder is one), because generate slices by it."""
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[KVLayer() for _ in range(num_layers)])
         self._forget()
 
     def _forget(self) -> None:
-        self.wiring: tuple | None = None  # K/V of one variant or plan mean nothing to another
-        self.books: dict[str, Book] = {}
-        self.layer_books: list[str] = []  # the book of each layer, set by the flow that writes them
+        self.wiring: tuple[str, list[LayerPlan]] | None = None  # K/V of one variant or plan mean nothing to another
+        self.kinds: dict[Kind, CacheEntries] = {}
+        self.layer_kinds: list[Kind] = []  # of each layer, set by the flow that writes it
         self.ids = np.zeros((0, 0), np.int64)
         self.valid = np.zeros((0, 0), bool)
         self.next_pos = np.zeros(0, np.int64)
+        self.closed_gaps = np.zeros((1, 0), np.int64)
         self.seen_image = np.zeros(0, bool)
 
     def open(self, batch: int, variant: str, plan: list[LayerPlan]) -> None:
-        """Before a call: makes an empty cache the right size, and refuses one that cannot be continued."""
-        if not self.ids.size:
+        """Gives an empty cache its size, and raises ViCAError where one cannot be continued. Call it before a pass."""
+        if self.wiring is None or not self.ids.size:
             self._forget()
             self.wiring = (variant, plan)
             self.ids, self.valid = np.zeros((batch, 0), np.int64), np.zeros((batch, 0), bool)
             self.next_pos, self.seen_image = np.zeros(batch, np.int64), np.zeros(batch, bool)
+            # positions that renumbering drops took from each sequence, by segment
+            self.closed_gaps = np.zeros((1 + max(drops_before(plan), default=0), batch), np.int64)
         if self.wiring[0] != variant:
             raise ViCAError(f"past_key_values were made by variant {self.wiring[0]!r}, the model is {variant!r}")
         if self.wiring[1] != plan:
@@ -84,20 +95,22 @@ class ViCACache(Cache):
         if len(self.ids) != batch:
             raise ViCAError(f"past_key_values hold {len(self.ids)} rows, input_ids {batch}")
 
-    def book(self, name: str) -> Book:
-        return self.books.setdefault(name, Book.empty(len(self.ids)))
+    def entries(self, kind: Kind) -> CacheEntries:
+        return self.kinds.setdefault(kind, CacheEntries.empty(len(self.ids)))
 
-    def enter(self, tokens: Tokens, ids: np.ndarray, valid: np.ndarray) -> None:
-        """After the books: counts the call's columns, positions and images."""
+    def commit(self, tokens: Tokens, ids: np.ndarray, valid: np.ndarray, gaps: Sequence[np.ndarray]) -> None:
+        """Counts the columns, positions and images of a call whose K/V are stored. `gaps`: positions that the call's
+        renumbering drops took, by segment."""
         self.ids = np.concatenate([self.ids, ids], axis=1)
         self.valid = np.concatenate([self.valid, valid], axis=1)
-        self.next_pos = self.next_pos + np.bincount(tokens.row, minlength=tokens.batch)
-        self.seen_image = self.seen_image | (np.bincount(tokens.row[tokens.visual], minlength=tokens.batch) > 0)
+        self.next_pos = self.next_pos + tokens.counts
+        self.closed_gaps = self.closed_gaps + np.stack(gaps)
+        self.seen_image = self.seen_image | (tokens.visual_counts > 0)
 
     def replace_rows(self, other: "ViCACache", rows: np.ndarray) -> None:
-        """Takes the K/V of whole rows from a cache of the same tokens, whose holes may lie elsewhere."""
-        for layer, source, book in zip(self.layers, other.layers, self.layer_books):
-            mine, theirs = self.books[book].pos, other.books[book].pos
+        """Takes the K/V of whole sequences from a cache of the same tokens, whose holes may lie elsewhere."""
+        for layer, source, kind in zip(self.layers, other.layers, self.layer_kinds):
+            mine, theirs = self.kinds[kind].pos, other.kinds[kind].pos
             for b in rows:
                 to = torch.from_numpy(np.nonzero(mine[b] >= 0)[0]).to(layer.keys.device)
                 at = torch.from_numpy(np.nonzero(theirs[b] >= 0)[0]).to(layer.keys.device)
@@ -105,11 +118,17 @@ class ViCACache(Cache):
                 layer.values[b, :, to] = source.values[b, :, at]
 
     def kv_bytes(self) -> list[int]:
-        """Bytes of keys and values held by each layer."""
+        """Returns the bytes of keys and values that each layer holds."""
         return [
             sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)) if layer.is_initialized else 0
             for layer in self.layers
         ]
+
+    def kv_lengths(self) -> np.ndarray:
+        """Returns the number of keys that text may read, [layers, B]."""
+        plan = self.wiring[1] if self.wiring is not None else []
+        readable = [self.kinds[kind].readable(layer.reads).sum(1) for kind, layer in zip(self.layer_kinds, plan)]
+        return np.stack(readable) if readable else np.zeros((0, len(self.ids)), np.int64)
 
     # --- what transformers' generate asks of a cache ---
 
@@ -133,11 +152,12 @@ class ViCACache(Cache):
         super().batch_repeat_interleave(repeats)
         self._select(np.repeat(np.arange(len(self.ids)), repeats))
 
-    def crop(self, *args, **kwargs) -> None:
+    def crop(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         raise NotImplementedError("a ViCA cache cannot be cut back: assisted generation is not supported")
 
     def _select(self, rows: np.ndarray) -> None:
-        for book in self.books.values():
-            book.select(rows)
+        for entries in self.kinds.values():
+            entries.select(rows)
         self.ids, self.valid = self.ids[rows], self.valid[rows]
         self.next_pos, self.seen_image = self.next_pos[rows], self.seen_image[rows]
+        self.closed_gaps = self.closed_gaps[:, rows]

@@ -1,157 +1,431 @@
-"""accel: only the rows that are updated are hidden states; frozen tokens are keys and values, nothing more.
+"""accel: only what a layer updates is a hidden state; visual tokens that it only reads are keys and values.
 
-    hidden   [N, width]   text of all rows of the batch, packed: first every row's prefix, then the rest
-    frozen   [M, width]   visual tokens, never updated; a T2V layer norms and projects them to its own K/V
+    layer      hidden states             keys and values
+    update     text and visual, joined   of all of them
+    read       text                      of text, and of the frozen visual tokens
+    skip       text                      of text
 
-Prefix first makes "all but the prefix" a slice: where the prefix is frozen, queries start at row `prefix_rows`.
-The dense variant is the same flow with nothing frozen: its visual tokens are hidden states too, and its prefix is text
-like any other.
+Consecutive layers of one kind pass their tensors on as they are; joining and splitting happens where the kind changes
+or visual tokens leave. packs.py says where each token stands.
 """
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from ..kernels.attention import Runs, eager_heads, sdpa_heads
-from ..plan.layer import LayerPlan
-from .backbone_llama import Block, Call, among_ranks
+from ..kernels.pointwise import Rope
+from ..plan.layer import Drop, LayerPlan, drops_before
+from ..utils.errors import ViCAError
+from .backbone_llama import Block
+from .cache import CacheEntries
+from .call import Call, Packs, Run, among_ranks
+from .layout import last_text_tokens
+from .packs import Packing, Segment, drop_counts, dropped, first_segment, renumbered, shifted
+from .scores import attention_rows, keep_highest
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    segment: Segment
+    joined: bool  # whether x holds text and visual tokens in reading order; else it is the text pack
+    scores: torch.Tensor | None = None  # of each visual token, for a drop before the next layer
 
 
 class AccelFlow:
-    def __init__(self, call: Call):
-        self.call, self.tokens = call, call.tokens
-        tokens, plan = call.tokens, call.plan
-        live = ~tokens.visual | plan[0].updates
-        rows = np.nonzero(live)[0]
-        self.prefix = tokens.prefix & (not plan[0].updates)
-        self.packed = rows[np.argsort(~self.prefix[rows], kind="stable")]  # token of each hidden row
-        self.prefix_rows = int(self.prefix.sum())
-        self.frozen_tokens = np.nonzero(~live)[0]
-        self.slot = np.empty(len(tokens), np.int64)  # row of each token in [hidden; frozen]
-        self.slot[np.concatenate([self.packed, self.frozen_tokens])] = np.arange(len(tokens))
-        self.live = live
-        self.fresh = call.cache is None or call.cache.get_seq_length() == 0
-        self.routes = {p: Route(self, p) for p in dict.fromkeys(plan)}
-        self.entries = self._enter_books() if call.cache is not None else {}
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.packing = Packing(call.tokens, call.device)
+        self.segments = drops_before(call.plan)
+        self.gaps = [np.zeros(call.tokens.batch, np.int64)] * len(call.closed_gaps)
+        self.attentions: dict[tuple[int, LayerPlan], LayerAttention] = {}
+        self.stored: dict[tuple[int, bool], StoredKeys] = {}
+        self.ropes: dict[int, tuple[torch.Tensor, Rope]] = {}
+        if call.cache is not None:
+            call.cache.layer_kinds = [(s, holds_visual(plan)) for s, plan in zip(self.segments, call.plan)]
 
-    def _enter_books(self) -> dict[str, tuple[tuple[int, int], torch.Tensor | None]]:
-        """Each book's new entries as rows of [hidden; frozen]: their shape [B, S] and index, none where they lie in
-        order already, as in decoding. Holes point at row 0 and are never seen."""
-        self.call.cache.layer_books = [self.routes[p].book for p in self.call.plan]
-        entries = {}
-        for route in self.routes.values():
-            if route.book not in entries:
-                index = self.call.cache.book(route.book).append(self.tokens, route.keys)
-                rows = self.slot[np.nonzero(route.keys)[0]]
-                index = np.where(index < 0, 0, rows[index]) if len(rows) else index
-                in_order = index.size == len(self.tokens) and (index.ravel() == np.arange(index.size)).all()
-                entries[route.book] = (index.shape, None if in_order else self.call.tensor(index))
-        return entries
+    def start(self, text: torch.Tensor, visual: torch.Tensor) -> Packs[Place]:
+        packing, tokens = self.packing, self.call.tokens
+        segment = first_segment(packing, tokens.pos - self.call.closed_gaps[0][tokens.row])
+        rank = np.cumsum(~tokens.visual) - 1
+        # `visual` may be empty and still must stay in the graph: a projector among ranks wants its gradients.
+        x = torch.cat([text, visual]).index_select(0, packing.tensor(rank[packing.text]))
+        return Packs(x, visual, Place(segment, joined=False))
 
-    def start(self, text, visual):
-        self.rope = self.call.rotary(self.call.tensor(self.tokens.pos[self.packed]), text.dtype)
-        self.frozen_rope = self.call.rotary(self.call.tensor(self.tokens.pos[self.frozen_tokens]), text.dtype)
-        frozen = visual if len(self.frozen_tokens) else visual[:0]
-        return torch.cat([text, visual])[self.call.tensor(self.tokens.source[self.packed])], frozen
+    def needs_visual(self, block: Block, packs: Packs[Place]) -> bool:
+        plan = self.call.plan[block.layer_idx]
+        if packs.place.joined or packs.visual is None:
+            return False
+        if len(packs.visual):
+            return plan.drop is not None or plan.updates or plan.reads_frozen
+        return plan.reads_frozen and block.training and among_ranks()
 
-    def show(self, block: Block, frozen):
-        needed = len(frozen) or (block.training and among_ranks())
-        return frozen if needed and self.routes[self.call.plan[block.layer_idx]].reads_frozen else None
+    def text(self, packs: Packs[Place]) -> torch.Tensor:
+        segment = packs.place.segment
+        index = segment.text_in_order
+        return packs.x.index_select(0, segment.text_in_joined[index] if packs.place.joined else index)
 
-    def see(self, block: Block, shown):
-        return () if shown is None else block.self_attn.keys_values(block.input_layernorm(shown), self.frozen_rope)
+    # --- one layer ---
 
-    def attend(self, block: Block, hidden, *seen):
-        route = self.routes[self.call.plan[block.layer_idx]]
-        attention, normed = block.self_attn, block.input_layernorm(hidden)
-        k, v = attention.keys_values(normed, self.rope)
-        if seen:
-            k, v = (torch.cat(both) for both in zip((k, v), seen))
-        first = route.first_query
-        if first == len(hidden):  # every row is a frozen prefix: its K/V are kept, nothing is updated
-            route.store(block.layer_idx, k, v)
-            return hidden
-        q = attention.queries(normed[first:], tuple(t[first:] for t in self.rope))
-        update = attention.o_proj(route.mix(block.layer_idx, q, k, v).flatten(1))
-        return torch.cat([hidden[:first], hidden[first:] + update]) if first else hidden + update
+    def layer(self, block: Block, x: torch.Tensor, visual: torch.Tensor | None, place: Place, run: Run):
+        plan = self.call.plan[block.layer_idx]
+        segment, joined, moved = place.segment, place.joined, None
+        if joined and not (plan.updates and plan.drop is None):
+            x, moved = segment.split(x)
+            visual, joined = moved, False
+        if plan.drop is not None:
+            visual, segment = self._drop(block, plan.drop, x, visual, place)
+            moved = visual
+        attention = self._attention(segment, plan)
+        if plan.updates:
+            x = x if joined else segment.join(x, visual)
+            x, scores = run(attention.update_joined, block, x)
+        else:
+            frozen = self._frozen_kv(block, plan, visual, segment)
+            x, scores = run(attention.update_text, block, x, *frozen)
+        return x, None if plan.updates else moved, Place(segment, plan.updates, scores)
 
-    def settle(self, block: Block, hidden, shown):
-        return hidden
+    def _attention(self, segment: Segment, plan: LayerPlan) -> "LayerAttention":
+        key = (segment.index, replace(plan, drop=None))
+        if key not in self.attentions:
+            self.attentions[key] = LayerAttention(self, segment, plan)
+        return self.attentions[key]
 
-    def text(self, hidden):
-        return hidden[self._text_rows]
+    def _frozen_kv(self, block: Block, plan: LayerPlan, visual: torch.Tensor | None, segment: Segment):
+        """Returns keys and values of the visual tokens that the layer reads, or nothing. They stay outside gradient
+        checkpoints: they are small, and computing them twice costs as much as the text does."""
+        if visual is None or not plan.reads_frozen or not (len(visual) or (block.training and among_ranks())):
+            return ()
+        rope = self.rope(segment.visual_pos, visual.dtype)
+        return block.self_attn.keys_values(block.input_layernorm(visual), rope)
+
+    def rope(self, pos: torch.Tensor, dtype: torch.dtype) -> Rope:
+        if id(pos) not in self.ropes:
+            self.ropes[id(pos)] = pos, self.call.rotary(pos, dtype)  # kept with `pos`, whose id is its own that long
+        return self.ropes[id(pos)][1]
+
+    # --- the cache ---
+
+    def stored_keys(self, segment: Segment, with_visual: bool) -> "StoredKeys":
+        key = (segment.index, with_visual)
+        if key not in self.stored:
+            self.stored[key] = StoredKeys(self, segment, with_visual)
+        return self.stored[key]
+
+    # --- drops ---
+
+    def _drop(self, block: Block, drop: Drop, x: torch.Tensor, visual: torch.Tensor | None, place: Place):
+        """Returns the visual pack and the segment behind the drop."""
+        call, index = self.call, place.segment.index + 1
+        segment = shifted(place.segment, call.closed_gaps[index] - call.closed_gaps[index - 1])
+        counts = drop_counts(drop, segment)
+        fewer = bool((counts != segment.visual_counts).any())
+        if drop.rank == "own" and (fewer or (block.training and among_ranks())):
+            scores = self._own_scores(block, x, x[:0] if visual is None else visual, segment)
+        else:
+            scores = place.scores
+        if fewer and visual is not None:
+            stays = None if drop.rank is None else self._staying(segment, scores, counts)
+            visual = visual[:0] if stays is None else visual.index_select(0, stays)
+            segment = dropped(segment, counts, stays)
+        self.gaps[index] = self.gaps[index - 1]
+        if drop.renumber:
+            self.gaps[index] = call.tokens.counts - segment.tokens.counts
+            if self.gaps[index].any():
+                segment = renumbered(segment, call.start - call.closed_gaps[index])
+        return visual, segment
+
+    def _staying(self, segment: Segment, scores: torch.Tensor | None, counts: np.ndarray) -> torch.Tensor:
+        """Returns the rows of the visual pack that stay, in order. Their number is known here, so nothing waits."""
+        assert scores is not None, "a plan without the scores that its drops rank by is refused before"
+        index, tensor = segment.visual_padded, self.packing.tensor
+        at = tensor(np.maximum(index, 0))
+        stays = keep_highest(scores, at, tensor(index >= 0), tensor(counts))
+        return torch.where(stays, at, len(segment.visual)).flatten().sort().values[: int(counts.sum())]
+
+    @torch.no_grad()
+    def _own_scores(self, block: Block, x: torch.Tensor, visual: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """Returns the attention that this layer would have had on the tokens before the drop."""
+        plan, attention = self.call.plan[block.layer_idx], block.self_attn
+        layer = LayerAttention(self, segment, plan)
+        text, rope = block.input_layernorm(x), self.rope(segment.text_pos, x.dtype)
+        last = layer.last_text_rows
+        q = attention.queries(text.index_select(0, last), tuple(t.index_select(0, last) for t in rope))
+        k_visual = attention.keys(block.input_layernorm(visual), self.rope(segment.visual_pos, x.dtype))
+        past, past_seen = self.stored_keys_before(block.layer_idx, segment)
+        k = torch.cat([attention.keys(text, rope), k_visual])
+        return layer.scores(layer.attention_of_last(q, k, past, past_seen), past_seen.shape[1])
+
+    def stored_keys_before(self, layer_idx: int, segment: Segment) -> tuple[torch.Tensor | None, np.ndarray]:
+        """Returns the keys of earlier calls that the layer holds, [B, S, G, D], and which of them text may read."""
+        cache, plan = self.call.cache, self.call.plan[layer_idx]
+        if cache is None or self.call.fresh:
+            return None, np.zeros((self.call.tokens.batch, 0), bool)
+        entries = cache.entries((segment.index, holds_visual(plan)))
+        keys = cache.layers[layer_idx].keys
+        return keys.transpose(1, 2), entries.readable(plan.reads)
+
+
+def holds_visual(plan: LayerPlan) -> bool:
+    """Whether the layer keeps keys of visual tokens: for text, or for visual tokens to come."""
+    return plan.updates or plan.reads_frozen
+
+
+class StoredKeys:
+    """How the call's keys enter the cache of all layers that hold the same tokens."""
+
+    def __init__(self, flow: AccelFlow, segment: Segment, with_visual: bool) -> None:
+        assert flow.call.cache is not None
+        self.segment, self.with_visual, packing = segment, with_visual, flow.packing
+        order = np.sort(packing.text) if not with_visual else segment.present
+        if with_visual and segment.scattered:  # the host does not know reading order: visual tokens go first
+            order = np.concatenate([segment.visual, np.sort(packing.text)])
+            order = order[np.argsort(packing.tokens.row[order], kind="stable")]
+        entries = flow.call.cache.entries((segment.index, with_visual))
+        self.past = CacheEntries(entries.pos, entries.visual)
+        index = entries.append(packing.tokens.select(order))
+        self.entries, self.shape = entries, index.shape
+        place = packing.row_of_text.copy()
+        place[segment.visual] = len(packing.text) + np.arange(len(segment.visual))
+        at = np.maximum(index, 0)  # holes take any key, which nothing sees
+        self._rows = place[order][at] if len(order) else at
+        in_reading_order = not segment.scattered and len(order) == len(segment.present)
+        self._joined_rows = at if in_reading_order else None
+        self._packing = packing
 
     @cached_property
-    def _text_rows(self) -> torch.Tensor:
-        return self.call.tensor(self.slot[~self.tokens.visual])
+    def rows(self) -> torch.Tensor | None:
+        """Rows of [text pack; visual pack] in the order of the cache, [B, new]; None where that is theirs already."""
+        return self._unless_in_order(self._rows)
+
+    @cached_property
+    def joined_rows(self) -> torch.Tensor | None:
+        if self._joined_rows is not None:
+            return self._unless_in_order(self._joined_rows)
+        return self.segment.from_joined[self._packing.tensor(self._rows)]
+
+    def _unless_in_order(self, rows: np.ndarray) -> torch.Tensor | None:
+        count = len(self._packing.text) + (len(self.segment.visual) if self.with_visual else 0)
+        in_order = rows.size == count and (rows.ravel() == np.arange(rows.size)).all()
+        return None if in_order else self._packing.tensor(rows)
 
 
-class Route:
-    """What all layers of one plan share in a call: who queries, which keys they see, where K/V are kept."""
+class LayerAttention:
+    """What all layers of one plan share within a segment: which tokens query, which keys they see."""
 
-    def __init__(self, flow: AccelFlow, plan: LayerPlan):
-        tokens = flow.tokens
-        self.flow, self.cache = flow, flow.call.cache
-        self.reads_frozen = plan.reads_frozen
-        self.keys = np.ones(len(tokens), bool) if plan.reads else ~tokens.visual
-        self.first_query = 0 if plan.prefix_attends else flow.prefix_rows
-        self.book = "all" if plan.reads else "text"
+    def __init__(self, flow: AccelFlow, segment: Segment, plan: LayerPlan) -> None:
+        self.flow, self.segment, self.plan, self.call = flow, segment, plan, flow.call
+        self.packing = flow.packing
+        self.first_query = 0 if plan.prefix_attends else self.packing.prefix_rows
 
-    def store(self, layer_idx: int, k, v):
+    # --- the two kinds of layer ---
+
+    def update_text(self, block: Block, x: torch.Tensor, *frozen: torch.Tensor):
+        """Returns the text pack after the layer, and scores where the next layer's drop wants them. `frozen`: keys and
+        values of the visual tokens that text reads."""
+        attention, normed = block.self_attn, block.input_layernorm(x)
+        rope = self.flow.rope(self.segment.text_pos, x.dtype)
+        k, v = attention.keys_values(normed, rope)
+        if frozen:
+            k, v = (torch.cat(both) for both in zip((k, v), frozen))
+        held = self._store(block.layer_idx, k, v, joined=False)
+        first, scores = self.first_query, None
+        if first < len(x):  # else every token is a frozen prefix: its K/V are kept, nothing is updated
+            q = attention.queries(normed[first:], tuple(t[first:] for t in rope))
+            update = attention.o_proj(self._mix_text(q, k, v, held).flatten(1))
+            if self._watched(block):
+                scores = self._watch(block, q[self.last_text_rows - first], k, held)
+            x = torch.cat([x[:first], x[first:] + update]) if first else x + update
+        return block.feed(x), scores
+
+    def update_joined(self, block: Block, x: torch.Tensor):
+        """Returns text and visual tokens after the layer, and scores where the next layer's drop wants them."""
+        attention, normed = block.self_attn, block.input_layernorm(x)
+        rope = self.flow.rope(self.segment.joined_pos, x.dtype)
+        q, (k, v) = attention.queries(normed, rope), attention.keys_values(normed, rope)
+        held, scores = self._store(block.layer_idx, k, v, joined=True), None
+        update = attention.o_proj(self._mix_joined(q, k, v, held).flatten(1))
+        if not self.plan.prefix_attends:
+            update = update.masked_fill(self.segment.joined_prefix, 0)
+        if self._watched(block):
+            rows = self.segment.text_in_joined[self.last_text_rows]
+            scores = self._watch(block, q[rows], k.index_select(0, self.segment.from_joined), held)
+        return block.feed(x + update), scores
+
+    def _store(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, joined: bool):
         """Adds the call's K/V to the cache; returns all that the layer holds, [B, H, S, D]."""
-        if self.cache is None:
+        if self.call.cache is None:
             return None
-        shape, rows = self.flow.entries[self.book]
-        k, v = (x.unflatten(0, shape) if rows is None else x[rows] for x in (k, v))
-        return self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+        stored = self.stored
+        rows = stored.joined_rows if joined else stored.rows
+        k, v = (x.unflatten(0, stored.shape) if rows is None else x[rows] for x in (k, v))
+        return self.call.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
 
-    def mix(self, layer_idx: int, q, k, v):
-        """Attention of the call's queries, [N, H, D]."""
-        held = self.store(layer_idx, k, v)
-        if self.one_each:
+    @cached_property
+    def stored(self) -> StoredKeys:
+        return self.flow.stored_keys(self.segment, holds_visual(self.plan))
+
+    # --- attention ---
+
+    def _mix_text(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held) -> torch.Tensor:
+        """Returns attention of the text queries, [N, H, D]; `k`, `v`: rows of [text pack; visual pack]."""
+        if self._decodes:
             return self._mix_single(q, *held)
-        if not self.flow.fresh:
-            k, v = (x.transpose(1, 2).flatten(0, 1) for x in held)
-        return self.flow.call.kernel(q, k, v, self.runs)
+        if not (self.plan.reads_frozen and self.segment.scattered):
+            return self.call.kernel(q, *self._with_past(k, v, held), self._text_runs)
+        # Only the device knows which visual tokens stand before which text. Joined, order alone says who sees whom, so
+        # visual tokens query too, with zeros, and their results are not used.
+        places = self.segment.text_in_joined[self.first_query :]
+        joined = q.new_zeros(len(self.segment.present), *q.shape[1:]).index_copy(0, places, q)
+        k, v = (x.index_select(0, self.segment.to_joined) for x in (k, v))
+        return self.call.kernel(joined, *self._with_past(k, v, held), self._whole_runs).index_select(0, places)
+
+    def _mix_joined(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held) -> torch.Tensor:
+        if self._decodes:
+            return self._mix_single(q, *held)
+        if self.plan.text_reads or not len(self.segment.visual) and self.call.fresh:
+            return self.call.kernel(q, *self._with_past(k, v, held), self._whole_runs)
+        whole = self.call.kernel(q, *self._with_past(k, v, held), self._whole_runs)
+        text = self.segment.text_in_joined[self.segment.text_in_order]
+        q, k, v = (x.index_select(0, text) for x in (q, k, v))
+        return whole.index_copy(0, text, self.call.kernel(q, *self._with_past(k, v, held), self._blind_runs))
+
+    def _with_past(self, k: torch.Tensor, v: torch.Tensor, held) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values behind those of earlier calls, whose [B, S] lie flat in front."""
+        if self.call.fresh:
+            return k, v
+        past = self.stored.past.pos.shape[1]
+        k, v = (torch.cat([x[:, :, :past].transpose(1, 2).flatten(0, 1), y]) for x, y in zip(held, (k, v)))
+        return k, v
 
     @cached_property
-    def one_each(self) -> bool:
-        """A decode step: one new token in every row, so the held K/V serve as they lie, without gathering."""
-        tokens = self.flow.tokens
-        return not self.flow.fresh and len(tokens) == tokens.batch and tokens.columns == 1 and not tokens.visual.any()
+    def _decodes(self) -> bool:
+        """Whether each sequence has one new token of text, so that the held K/V serve as they lie."""
+        tokens = self.call.tokens
+        one_each = len(tokens) == tokens.batch and tokens.columns == 1 and not tokens.visual.any()
+        return one_each and not self.call.fresh
 
     @cached_property
-    def holes(self) -> torch.Tensor | None:
-        pos = self.cache.book(self.book).pos
-        return None if (pos >= 0).all() else self.flow.call.tensor(pos >= 0)[:, None, None]
+    def _holes(self) -> torch.Tensor | None:
+        seen = self.stored.entries.readable(self.plan.reads)
+        return None if seen.all() else self.packing.tensor(seen)[:, None, None]
 
-    def _mix_single(self, q, k, v):
-        heads = eager_heads if self.flow.call.kernel.is_eager else sdpa_heads
-        return heads(q.unsqueeze(2), k, v, self.holes).squeeze(2)
+    def _mix_single(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = eager_heads if self.call.kernel.is_eager else sdpa_heads
+        return heads(q.unsqueeze(2), k, v, self._holes).squeeze(2)
+
+    # --- runs of queries with their keys ---
+
+    def _past_rows(self, text_reads: bool) -> list[np.ndarray]:
+        """Returns the rows of earlier calls' keys that each sequence sees, in the buffer of `_with_past`."""
+        batch = self.call.tokens.batch
+        if self.call.fresh:
+            return [np.zeros(0, np.int64)] * batch
+        seen = self.stored.past.readable(text_reads)
+        return [b * seen.shape[1] + np.nonzero(seen[b])[0] for b in range(batch)]
 
     @cached_property
-    def runs(self) -> Runs:
-        """The query runs, prefix runs first as the hidden rows lie, each with its keys' rows in the K/V buffer: the
-        call's own [hidden; frozen], or the cache's [B * S] when there is a past."""
-        tokens, flow = self.flow.tokens, self.flow
+    def _own_start(self) -> int:
+        return 0 if self.call.fresh else self.stored.past.pos.size
+
+    @cached_property
+    def _text_runs(self) -> Runs:
+        """The text pack from `first_query` on: the runs of all prefixes first, then the others, each with its keys."""
+        segment, tokens = self.segment, self.segment.tokens
+        query = np.where(tokens.visual, 0, 1 + tokens.prefix)
+        is_key = np.ones(len(tokens), bool) if self.plan.reads_frozen else ~tokens.visual
         prefix_runs, text_runs = [], []
-        for b in range(tokens.batch):
-            own = np.nonzero(self.keys & (tokens.row == b))[0]
-            lists = flow.slot[own] if flow.fresh else self._held_rows(b)
-            past = len(lists) - len(own)
+        for b, past in enumerate(self._past_rows(self.plan.reads)):
+            own = np.nonzero(is_key & (tokens.row == b))[0]
+            lists = np.concatenate([past, self._own_start + segment.row_of[own]])
+            label = query[own]
             # a run ends where the next key is no query, or where the prefix ends
-            label = np.where(flow.live[own], 1 + flow.prefix[own], 0)
             edges = np.nonzero(np.diff(label))[0] + 1
             for start, end in zip([0, *edges], [*edges, len(own)]):
                 if start < end and label[start]:
-                    run = (end - start, lists[: past + end])
+                    run = (end - start, lists[: len(past) + end])
                     (prefix_runs if label[start] == 2 else text_runs).append(run)
         if self.first_query:
             prefix_runs = []
-        runs = prefix_runs + text_runs
-        return Runs([n for n, _ in runs], [x for _, x in runs], [len(prefix_runs), len(text_runs)], flow.call.device)
+        return self._runs(prefix_runs + text_runs, [len(prefix_runs), len(text_runs)])
 
-    def _held_rows(self, b: int) -> np.ndarray:
-        pos = self.cache.book(self.book).pos
-        return b * pos.shape[1] + np.nonzero(pos[b] >= 0)[0]
+    @cached_property
+    def _whole_runs(self) -> Runs:
+        """Every present token of a sequence as one run, joined."""
+        return self._contiguous(self.segment.tokens.counts, text_reads=True)
+
+    @cached_property
+    def _blind_runs(self) -> Runs:
+        """The text of a sequence as one run, over text alone."""
+        return self._contiguous(np.bincount(self.call.tokens.row[self.packing.text], minlength=self.call.tokens.batch),
+                                text_reads=False)  # fmt: skip
+
+    def _contiguous(self, counts: np.ndarray, text_reads: bool) -> Runs:
+        runs, first = [], self._own_start
+        for count, past in zip(counts.tolist(), self._past_rows(text_reads)):
+            if count:
+                runs.append((count, np.concatenate([past, np.arange(first, first + count)])))
+            first += count
+        return self._runs(runs, [len(runs)])
+
+    def _runs(self, runs: list[tuple[int, np.ndarray]], parts: list[int]) -> Runs:
+        return Runs([n for n, _ in runs], [keys for _, keys in runs], parts, self.call.device)
+
+    # --- scores ---
+
+    @cached_property
+    def last_text_rows(self) -> torch.Tensor:
+        """The row of each sequence's last token in the text pack; any row where no visual token could be ranked."""
+        last = last_text_tokens(self.call.tokens)
+        if (wrong := np.nonzero((last < 0) & (self.segment.visual_counts > 0))[0]).size:
+            raise ViCAError(
+                f"row {wrong[0]} ends with an image: visual tokens are ranked by the text that follows them"
+            )
+        some = self.packing.text[-1] if len(self.packing.text) else 0
+        return self.packing.tensor(self.packing.row_of_text[np.where(last < 0, some, last)])
+
+    def _watched(self, block: Block) -> bool:
+        return self.call.ranks_by(block.layer_idx) or bool(self.call.watchers(block.layer_idx))
+
+    @torch.no_grad()
+    def _watch(self, block: Block, q: torch.Tensor, k: torch.Tensor, held) -> torch.Tensor | None:
+        """Shows the layer's attention to its taps; returns the scores that the next layer's drop ranks by, if any."""
+        past, past_seen = None, np.zeros((self.call.tokens.batch, 0), bool)
+        if not self.call.fresh:
+            past_seen = self.stored.past.readable(self.plan.reads)
+            past = held[0][:, :, : past_seen.shape[1]].transpose(1, 2)
+        weights = self.attention_of_last(q, k, past, past_seen)
+        visual = np.zeros(weights.shape[::2], bool)
+        visual[:, past_seen.shape[1] :][:, : self._visual_columns.shape[1]] = self._visual_columns >= 0
+        for tap in self.call.watchers(block.layer_idx):
+            tap.take(block.layer_idx, weights, visual)
+        return self.scores(weights, past_seen.shape[1]) if self.call.ranks_by(block.layer_idx) else None
+
+    @cached_property
+    def _visual_columns(self) -> np.ndarray:
+        """[B, most] rows of the visual pack that text reads, -1 where padding."""
+        visual = self.segment.visual_padded
+        return visual if self.plan.reads else visual[:, :0]
+
+    def attention_of_last(self, q: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None, past_seen: np.ndarray):
+        """Returns the attention of each sequence's last text token, [B, H, S]: keys of earlier calls come first, then
+        visual tokens, then text.
+
+        `q` [B, H, D]; `k`: rows of [text pack; visual pack]; `past` [B, S, G, D] with `past_seen` [B, S].
+        """
+        visual, tensor = self._visual_columns, self.packing.tensor
+        visual = np.where(visual < 0, -1, visual + len(self.packing.text))
+        index = np.concatenate([visual, self.segment.text_padded], axis=1)
+        keys = k[tensor(np.maximum(index, 0))]
+        if past is not None:
+            keys = torch.cat([past, keys], dim=1)
+        seen = np.concatenate([past_seen, index >= 0], axis=1)
+        return attention_rows(q, keys, tensor(seen | ~seen.any(1, keepdims=True)))  # an empty row would be NaN
+
+    def scores(self, weights: torch.Tensor, past: int) -> torch.Tensor:
+        """Returns the mean over heads of the attention to each visual token of the pack; `past` columns precede."""
+        visual, mean = self._visual_columns, weights.mean(1)
+        at = past + np.arange(len(visual))[:, None] * mean.shape[1] + np.arange(visual.shape[1])
+        return mean.flatten().index_select(0, self.packing.tensor(at[visual >= 0]))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from .decoder import ViCAModel, ViCAPreTrainedModel
 from .generation import ViCAGeneration
 from .layout import Tokens
 from .loss import mean_loss, scored_rows
+from .scores import Tap
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +121,12 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
+        taps: Sequence[Tap] = (),
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """`logits` is [B, T, vocab] row for row with `input_ids`, zero at placeholders and padding; with
+        """Returns logits [B, T, vocab], row for row with `input_ids` and zero at placeholders and padding; with
         `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands. `skip_logits`: only the
-        loss, from the rows that have a label, which is what training needs."""
+        loss, from the rows that have a label, which is what training needs. `taps` watch attention (scores.py)."""
         if refused := [k for k in NOT_TAKEN if kwargs.get(k) is not None and kwargs[k] is not False]:
             raise ViCAError(f"forward takes no {', '.join(refused)}")
         if pixel_values is not None and image_features is not None:
@@ -134,7 +137,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             image_features = self.model.encode_no_image()
         cache = self._cache_for(past_key_values, use_cache)
         states = [] if output_hidden_states else None
-        hidden, tokens = self.model(input_ids, attention_mask, image_features, cache, states)
+        hidden, tokens = self.model(input_ids, attention_mask, image_features, cache, states, taps)
 
         loss = None
         if labels is not None:

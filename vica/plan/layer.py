@@ -39,6 +39,8 @@ class Drop:
     def count(self, first: int, present: int) -> int:
         """Returns how many of `present` visual tokens stay, of `first` that the call brought. The host knows all sizes
         before layer 0, so no drop waits for the device."""
+        if self.rank is None:
+            return present if self.keep else 0
         return min(present, ROUNDINGS[self.rounding](first * self.keep))
 
 
