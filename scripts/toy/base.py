@@ -1,4 +1,4 @@
-"""What the miniature recipe starts from, made of the toy world's train split: tokenizer, CLIP tower and language model.
+"""Makes what the toy recipe starts from: tokenizer, CLIP tower and language model, trained on the train split.
 
 llm/     a small Llama and its tokenizer, trained on the world's language
 tower/   the vision half of a small CLIP, trained to tell which caption belongs to which of many pictures and twins

@@ -1,4 +1,4 @@
-"""Accuracy by kind of question, visual FLOPs and training time of the runs that scripts/toy.sh made."""
+"""Collects accuracy by kind of question, visual FLOPs and training time of the runs of scripts/toy.sh."""
 
 import argparse
 import json

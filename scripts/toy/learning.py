@@ -1,4 +1,4 @@
-"""How the small parts that training starts from learn."""
+"""Training loop of the small parts that the recipe starts from."""
 
 from collections.abc import Callable
 

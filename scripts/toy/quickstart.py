@@ -1,4 +1,4 @@
-"""The main job on what the repository holds: two trained toy models, pictures that they never saw, three variants.
+"""Asks the two trained toy models about pictures that they never saw, in all three variants; tells costs and accuracy.
 
 toy-vica    reads pictures in a quarter of its layers: as accel (the fast way) and as mask (the same, the slow way)
 toy-dense   plain LLaVA, trained alike

@@ -1,4 +1,4 @@
-"""The tower of the toy world: the vision half of a small CLIP, which learns which caption belongs to which picture.
+"""Trains the tower of the toy world: the vision half of a small CLIP that matches captions and pictures.
 
 A caption's likeness to a picture is that of its words: each is as like as the patch that it is most like. CLIP's own
 loss asks for one vector of the whole picture. A tower that learned so told nearly all twins apart, and yet its single

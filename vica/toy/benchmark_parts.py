@@ -1,4 +1,4 @@
-"""What the toy world's benchmarks have in common: scenes that allow a question, images and lists in files."""
+"""Shared parts of the toy benchmarks: scenes that allow a question, images and lists in files."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Drawing by all cores."""
+"""Draws pictures on all cores."""
 
 import signal
 from collections.abc import Callable, Iterator

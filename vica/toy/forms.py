@@ -1,5 +1,5 @@
-"""Questions in the forms that LLaVA's training mix and the benchmarks give them besides the plain one: with what an OCR
-system read, with a hint, with fewer options, or without the sentence on how to answer."""
+"""Rewords questions as LLaVA's training mix and the benchmarks do: with words that an OCR system read, with a hint,
+with fewer options, or without the sentence on how to answer."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is asked about a scene, each question of a kind that LLaVA's benchmarks ask, with its exact answer.
+"""Questions about a scene, each of a kind that LLaVA's benchmarks ask, with its exact answer.
 
     existence                   POPE, MME    yes or no
     claim                       MME          yes or no, about anything that the open questions ask

@@ -1,4 +1,4 @@
-"""How many of the toy world's questions were answered rightly, kind by kind."""
+"""Counts right answers to the toy world's questions, kind by kind."""
 
 import json
 import string
