@@ -190,6 +190,8 @@ MADE = ("playground/toy/eval", "playground/answers", "playground/data")  # by a 
 def test_paths_and_links_exist(page):
     """Whatever looks like a path of this repository, and every link that leads into it."""
     text = PAGES[page]
+    if page.name == "from-llava.md":  # the first column is LLaVA's
+        text = re.sub(r"^\| .*? \| ", "| ", text, flags=re.M)
     paths = re.findall(r"(?<![\w./-])(?:vica|configs|scripts|docs|tests|playground|examples)/[\w./-]*\w/?", text)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not re.match("https?:", link)]
     missing = [p for p in paths if not (ROOT / p).exists() and not p.startswith(MADE)]
