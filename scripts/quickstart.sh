@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, and asks the trained toy models of playground/checkpoints about pictures that they never saw, in all three
-# variants. No download of weights or data.
+# Sets up .venv, and asks the trained toy models of playground/checkpoints about pictures that they never saw, in all
+# three variants. Downloads no weights and no data.
 #   bash scripts/quickstart.sh [--image F --question "..."]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project into it, once. Sourced by the other scripts: setup_venv [EXTRA]
-# PYTHON chooses the interpreter. Installs again only when pyproject.toml or constraints.txt changed.
+# Creates .venv and installs the project into it, once. Sourced by the other scripts: setup_venv [EXTRA]
+# PYTHON chooses the interpreter. Installs again only if pyproject.toml or constraints.txt changed.
 
 setup_venv() {
     local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
@@ -10,26 +10,26 @@ setup_venv() {
     fi
     stamp=".venv/installed${extra:+-$extra}"
     wanted="$(cat pyproject.toml constraints.txt | cksum) $(pwd)"
-    # An installation with more extras serves as well.
+    # An installation with more extras works as well.
     if [ -z "$extra" ] && grep -qsxF "$wanted" .venv/installed*; then return 0; fi
     if grep -qsxF "$wanted" "$stamp"; then return 0; fi
     echo "Setting up .venv (the first time takes some minutes) ..." >&2
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # torch goes first and alone: nothing that comes later may choose another build of it.
+    # torch goes first and alone, so that no later package chooses another build of it.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
         --editable ".${extra:+[$extra]}"
     echo "$wanted" > "$stamp"
 }
 
-find_python() { # PYTHON: the caller's own, else .venv's, else python3
+find_python() { # sets PYTHON: the caller's, else .venv's, else python3
     if [ -z "${PYTHON:-}" ]; then
         if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
     fi
     export PYTHON
 }
 
-find_port() { # MASTER_PORT: the caller's own, else a free one; several machines agree on one that is known beforehand
+find_port() { # sets MASTER_PORT: the caller's, else a free one; several machines need one known beforehand
     if [ -z "${MASTER_PORT:-}" ]; then
         MASTER_PORT=29500
         if [ "${NNODES:-1}" -eq 1 ] && [ -z "${HOSTFILE:-}" ]; then

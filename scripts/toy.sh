@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole recipe in small: a drawn world, a tower and a language model made for it, then both training stages by the
-# very scripts of v1_5/, for dense and for ViCA, and the questions of a test world asked of each.
-#   bash scripts/toy.sh                     an H200: 15 minutes for world and base, then 20 for six runs at the same time
+# Runs the whole recipe in miniature: draws a world, makes a tower and a language model for it, runs both training stages
+# with the scripts of v1_5/ for dense and for ViCA, and asks each the questions of a test world.
+#   bash scripts/toy.sh                     on an H200: 15 minutes for world and base, then 20 for six parallel runs
 #   RUNS="vica dense" SEEDS=0 EPOCHS=2 bash scripts/toy.sh
 #
-#   RUNS     of: vica (configs/toy.json's layers), dense, random (as many layers, by chance), blind (no layers)
-#   SEEDS    of the training, world and base being the same                               (default: 0 1 2)
-#   JOBS     runs at the same time on each card: one alone leaves most of it idle         (default: 4)
+#   RUNS     any of: vica (configs/toy.json's layers), dense, random (as many random layers), blind (no layers)
+#   SEEDS    of the training; world and base stay the same                                (default: 0 1 2)
+#   JOBS     parallel runs on each card: a single one leaves most of it idle              (default: 4)
 #   PICTURES, EPOCHS, FOLDER                                      (default: 160000, 4, playground/toy)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ find_python
 [ -d "$FOLDER/world" ] || "$PYTHON" -m vica.toy.write --folder "$FOLDER/world" --train "${PICTURES:-160000}"
 [ -d "$FOLDER/base/tower" ] && [ -d "$FOLDER/base/llm" ] || "$PYTHON" -m scripts.toy.base --out "$FOLDER/base"
 
-layers() { # of a run with a seed, as JSON
+layers() { # prints the layers of a run (name, seed) as JSON
     "$PYTHON" - "$1" "$2" "$CONFIG" "$FOLDER/base/llm/config.json" <<'PYTHON'
 import json, random, sys
 
@@ -30,7 +30,7 @@ print({"vica": chosen, "random": sorted(random.Random(seed).sample(others, len(c
 PYTHON
 }
 
-train() { # name seed: both stages and the test; what is there already is gone on from
+train() { # name seed: runs both stages and the test, and resumes from existing files
     local out="$FOLDER/runs/$1-$2" variant=accel common
     [ "$1" = dense ] && variant=dense
     T2V_LAYERS="$(layers "$1" "$2")"

@@ -1,4 +1,4 @@
-"""Small models and batches for the tests."""
+"""Builds small models and batches for the tests."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ def tiny_config(**changes) -> vica.ViCAConfig:
 
 
 def tiny_model(seed: int = 0, **changes) -> vica.ViCAForConditionalGeneration:
-    """Weights wide enough that a wrong key or position moves the logits far beyond any tolerance."""
+    """Returns a model with weights so wide that a wrong key or position moves the logits far beyond any tolerance."""
     torch.manual_seed(seed)
     model = vica.ViCAForConditionalGeneration(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def tiny_vision(**changes) -> dict:
 
 @dataclass
 class Row:
-    """A row's parts in order: an int is that many text tokens, ("image", n) is an image of n visual tokens."""
+    """A prompt's parts in order: an int is that many text tokens, ("image", n) is an image of n visual tokens."""
 
     parts: tuple
     seed: int = 0
@@ -67,7 +67,8 @@ def image(tokens: int):
 
 
 def batch(rows: list[Row], side: str = "left", extra: int = 0) -> dict:
-    """input_ids, attention_mask and image_features of rows, padded on `side` (`extra` columns more than needed)."""
+    """Returns input_ids, attention_mask and image_features of prompts, padded on `side` (`extra` columns more than
+    needed)."""
     width = max(len(r.ids) for r in rows) + extra
     ids, mask = [], []
     for row in rows:
@@ -87,13 +88,13 @@ def text_columns(inputs: dict) -> torch.Tensor:
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5, what: str = "") -> None:
-    """NaN is a failure; the tolerance is absolute, and relative where values exceed 1."""
+    """Fails on NaN. The tolerance is absolute, and relative for values above 1."""
     assert got.shape == want.shape, (what, got.shape, want.shape)
     assert torch.isfinite(got).all(), f"{what}: NaN or infinity"
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance, msg=lambda m: f"{what}: {m}")
 
 
-# What a batch may look like; each name is a case of the tests.
+# Shapes of batches; each name is a test case.
 LAYOUTS = {
     "image first": [Row((image(5), 6))],
     "image last": [Row((6, image(5)))],

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,22 @@ from vica.data.processor import ViCAProcessor
 from vica.data.tokenizer import load_tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a worker has a core; threads that fight over it spin, and slow everything tenfold
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
+    # each worker has one core: more threads would spin against each other and slow everything tenfold
+    torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never use the network
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+
+CORE = Path(__file__).with_name("core")
+BESIDE_CORE = ("test_transformers.py",)  # other tools on what we save
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as the core tier what lies in core/, but for slow tests and BESIDE_CORE."""
+    for item in items:
+        if CORE in item.path.parents and item.path.name not in BESIDE_CORE and not item.get_closest_marker("slow"):
+            item.add_marker("core")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +41,7 @@ def sentencepiece_model(tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, sentencepiece_model):
-    """One checkpoint folder for each pair of legacy and model_type."""
+    """Makes one checkpoint folder for each pair of legacy and model_type."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         (legacy, kind): spm.llava_folder(root / f"{legacy}-{kind}", sentencepiece_model, legacy, kind)

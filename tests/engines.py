@@ -1,4 +1,5 @@
-"""What the engine's tests share: small engines, requests, answers of the model's own generate, an engine at rest."""
+"""Shared parts of the engine's tests: small engines, requests, the model's own answers, and checks of an engine's
+state."""
 
 from concurrent.futures import wait
 
@@ -18,17 +19,17 @@ KV, FEATURE = 16 * 2 * 2 * 8 * 2 * 4, 16 * 32 * 4  # bytes of a picture's K/V an
 
 
 def features(which: int) -> torch.Tensor:
-    """Always the same tensor for a number."""
+    """Returns the same tensor each time for a number."""
     return torch.randn(SIZES[which % len(SIZES)], WIDTH, generator=torch.Generator().manual_seed(which))
 
 
 def words(which: int, count: int) -> list[int]:
-    """The first of an endless text; there is one for each number."""
+    """Returns the beginning of an endless text, one for each number."""
     return torch.randint(3, VOCAB, (600,), generator=torch.Generator().manual_seed(which)).tolist()[:count]
 
 
 def request_of(parts, text: int = 0, **options) -> Request:
-    """`parts`: an int is that many tokens of the text, ("image", n) is `features(n)`."""
+    """Returns a request of `parts`: an int is that many tokens of the text, ("image", n) is `features(n)`."""
     ids, images, text = [], [], iter(words(text, 600))
     for part in parts:
         if isinstance(part, int):
@@ -40,7 +41,7 @@ def request_of(parts, text: int = 0, **options) -> Request:
 
 
 def alone(model, request: Request, **options) -> list[int]:
-    """The tokens that `model.generate` gives a request of token ids and features."""
+    """Returns the tokens that `model.generate` gives for a request of token ids and features."""
     ids = torch.tensor([request.prompt])
     if request.ignore_eos:
         options["eos_token_id"] = None
@@ -57,7 +58,7 @@ def alone(model, request: Request, **options) -> list[int]:
 
 
 def answer(model, inputs, max_new_tokens: int, **options) -> list[int]:
-    """The tokens that `model.generate` gives a processor's inputs."""
+    """Returns the tokens that `model.generate` gives for a processor's inputs."""
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=3, **options)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -67,14 +68,14 @@ def small_engine(model, **options) -> Engine:
 
 
 def all_prepared(engine: Engine) -> Engine:
-    """The engine, which now chooses who enters when all that wait are prepared, however slow the host is."""
+    """Makes the engine choose only when all waiting requests are prepared, however slow the host is."""
     choose = engine.scheduler._choose
     engine.scheduler._choose = lambda: (wait([s.prepared for s in engine.scheduler.waiting]), choose())[1]
     return engine
 
 
 def seeing_model(**changes):
-    """A tiny model with tower, tokenizer and processor: pictures of 28 pixels become 16 visual tokens."""
+    """Returns a tiny model with tower, tokenizer and processor: pictures of 28 pixels become 16 visual tokens."""
     text = dict(vocab_size=VOCABULARY, eos_token_id=2, bos_token_id=1, pad_token_id=3) | changes.pop("text_config", {})
     model = tiny_model(text_config=text, **(dict(vision_config=tiny_vision()) | changes))
     return model, ViCAProcessor.from_config(model.config, build_tokenizer())
@@ -86,7 +87,7 @@ def picture(seed: int = 0, size=(40, 30)) -> Image.Image:
 
 
 def assert_sound(engine: Engine) -> None:
-    """True after every step: every slot and lane is in one place, and no limit is passed."""
+    """Checks what holds after every step: every slot and lane is in one place, and no limit is passed."""
     scheduler, pool, memory = engine.scheduler, engine.runner.pool, engine.image_memory
     running: list[Sequence] = scheduler.active
     assert sorted([*scheduler.lanes, *(s.row.lane for s in running)]) == list(range(1, engine.max_batch + 1))
@@ -103,13 +104,13 @@ def assert_sound(engine: Engine) -> None:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing is left of any request."""
+    """Checks that nothing is left of any request."""
     assert not engine.scheduler.busy and engine.scheduler.batch is None
     assert_sound(engine)
 
 
 def watched(engine: Engine, after=assert_sound) -> Engine:
-    """The engine, checked after every step."""
+    """Returns the engine, checked after every step."""
     step = engine.scheduler.step
 
     def checked():
@@ -121,7 +122,8 @@ def watched(engine: Engine, after=assert_sound) -> Engine:
 
 
 def counting(model, processor, **options) -> Engine:
-    """`engine.seen` counts the pictures that the tower has seen, `engine.rows` the visual tokens that became K/V."""
+    """Returns an engine whose `seen` counts the pictures that the tower saw, and `rows` the visual tokens that became
+    K/V."""
     engine = watched(small_engine(model, processor=processor, **options))
     engine.seen, engine.rows = 0, 0
     encode, image_kv = engine.runner.encode, engine.runner.image_kv
@@ -139,7 +141,7 @@ def counting(model, processor, **options) -> Engine:
 
 
 def ask(engine, *pairs, **options) -> None:
-    """Asks (question, images) pairs at once; each answer must be generate's."""
+    """Asks (question, images) pairs at once, and checks each answer against generate's."""
     options = dict(max_new_tokens=3) | options
     results = engine.generate([Request.ask(question, images, **options) for question, images in pairs])
     for result, (question, images) in zip(results, pairs):

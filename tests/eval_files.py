@@ -1,4 +1,4 @@
-"""For the tests of the benchmarks: files in their official layouts, and what is said of wrong ones."""
+"""Helpers for the benchmark tests: files in their official formats, and the errors about wrong ones."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def told(act) -> str:
-    """The one line of the error that `act` ends with."""
+def error_of(act) -> str:
+    """Returns the one line of the error that `act` ends with."""
     with pytest.raises(ViCAError) as caught:
         act()
     assert "\n" not in str(caught.value)
@@ -33,19 +33,22 @@ def without_pictures(questions: list[Question]) -> list[tuple]:
 
 
 def refuses_wrong_answers(task: Task, questions: list[Question], answer: str) -> None:
-    """One missing, one too many, one question twice: the ids are named."""
+    """Checks that a missing answer, a stray one and a repeated question are errors that name the ids."""
     answers = {question.id: answer for question in questions}
     first = questions[0].id
-    assert str(first) in told(lambda: task.score(questions, {id: text for id, text in answers.items() if id != first}))
-    assert "stray" in told(lambda: task.score(questions, answers | {"stray": answer}))
-    assert str(first) in told(lambda: task.score([*questions, questions[0]], answers))
+    assert str(first) in error_of(
+        lambda: task.score(questions, {id: text for id, text in answers.items() if id != first})
+    )
+    assert "stray" in error_of(lambda: task.score(questions, answers | {"stray": answer}))
+    assert str(first) in error_of(lambda: task.score([*questions, questions[0]], answers))
 
 
 def names_what_is_missing(task: Task, folder: Path, path: Path, *words: str) -> None:
-    """Without `path` the error says which file is expected where, and what gets it."""
+    """Checks that without `path` the error says which file is expected there, and how to get it."""
     aside = path.rename(path.with_name(path.name + ".aside"))
-    error = told(lambda: task.read(folder, task.splits[0]))
+    error = error_of(lambda: task.read(folder, task.splits[0]))
     aside.rename(path)
     assert error.startswith(f"{path} is not there")
     assert all(word in error for word in words), error
-    assert "playground/data" not in error  # got into another folder than the one that is read, it would be missed again
+    # a download into another folder than the one that is read would be missed again
+    assert "playground/data" not in error

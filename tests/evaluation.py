@@ -1,4 +1,4 @@
-"""What tests of `vica eval` as a program share."""
+"""Shared setup of the tests that run `vica eval` as a program."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from vica.toy.benchmarks import write
 
 
 def model_and_data(root: Path, pictures: int) -> Path:
-    """A model of random weights, and beside it the nine benchmarks of so many pictures each."""
+    """Writes a model of random weights, and beside it the nine benchmarks of `pictures` pictures each."""
     save(root / "model")
     write(root / "data", pictures)
     return root

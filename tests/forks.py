@@ -1,5 +1,5 @@
-"""Runs in processes that may be killed. They are forked off a process that has done the imports, because a run on a toy
-world is a second of work after eight of imports."""
+"""Runs programs in processes that may be killed. They are forked from a process that has done the imports: a run on a
+toy world takes one second of work after eight of imports."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": 
 
 @dataclass
 class Run:
-    """The processes of one run, each the leader of a group of its own."""
+    """The processes of one run, each the leader of a process group of its own."""
 
     ranks: list
     log: Path
@@ -47,17 +47,17 @@ class Run:
         return all(process.is_alive() for process in self.ranks)
 
     def kill(self) -> None:
-        """kill -9 of every rank with all that it has started."""
+        """Kills (kill -9) every rank and all processes that it has started."""
         for process in self.ranks:
             if process.is_alive():
                 try:
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:  # too young to have a group of its own
+                except ProcessLookupError:  # it has not made its group yet
                     process.kill()
             process.join()
 
     def kill_when(self, happens: Callable[[], bool], after: float = 0.0, seconds: float = 120) -> bool:
-        """Kills `after` seconds from when it happens. False: the run had come to its end by then, and well."""
+        """Kills the run `after` seconds from the event. Returns False if the run had ended well before that."""
         deadline = time.monotonic() + seconds
         while self.running() and not happens():
             time.sleep(0.001)
@@ -77,7 +77,7 @@ def start(
     sabotage: Callable[[], None] | None = None,
     program: Callable[[list[str]], int] = main,
 ) -> Run:
-    """Training, or another program. `sabotage` is called in the new processes before it."""
+    """Starts training, or another program. `sabotage` is called first in the new processes."""
     FORKS.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ON_CPU.items():
@@ -99,12 +99,12 @@ def work(
     sabotage: Callable[[], None] | None,
 ) -> None:
     os.setpgrp()
-    multiprocessing.set_start_method(None, force=True)  # of the loader's workers: as in any process, not as here
+    multiprocessing.set_start_method(None, force=True)  # restores the usual way of starting a loader's workers
     os.environ.update({name: str(value) for name, value in environment.items()})
     written = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(written, sys.stdout.fileno())
     os.dup2(written, sys.stderr.fileno())
-    sys.stdout.reconfigure(line_buffering=True)  # the log is watched while it grows
+    sys.stdout.reconfigure(line_buffering=True)  # the test reads the log while it grows
     torch.set_num_threads(1)
     if sabotage is not None:
         sabotage()
@@ -120,7 +120,8 @@ def free_port() -> int:
 
 
 def make_ground(root: Path) -> Path:
-    """What every run starts from: a toy world, a language model, a tower, and a projector of stage 1."""
+    """Makes the common starting point of all runs: a toy world, a language model, a tower, and a projector of stage
+    1."""
     write(root / "world", 300, 1)
     write_base(root)
     start(argv(root, root / "stage1", **STAGE_1, max_steps=2, save_steps=100), root / "stage1.log").finish()
@@ -132,7 +133,7 @@ STAGE_2 = {"stage": "finetune", "version": "v1", "group_by_modality_length": Tru
 
 
 def argv(root: Path, output: Path, **settings) -> list[str]:
-    """A command line on `root` (of `make_ground`); settings go before its own."""
+    """Returns a command line on `root` (of `make_ground`); `settings` override its own."""
     stage_1 = settings["stage"] == "pretrain"
     common = {
         "model_name_or_path": root / "llm",
@@ -154,7 +155,7 @@ def argv(root: Path, output: Path, **settings) -> list[str]:
 
 
 def losses(output: Path) -> dict[int, float]:
-    """By step; each step once."""
+    """Returns the losses by step, each step once."""
     found = [
         entry for entry in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in entry
     ]
@@ -163,7 +164,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    """What a finished run has saved, by its files."""
+    """Returns the saved weights of a finished run, by file."""
     files = [*output.glob("*.safetensors"), *output.glob("*.bin")]
     state = {}
     for file in sorted(files):
@@ -174,6 +175,6 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(one: dict, other: dict) -> float:
-    """The largest difference of losses, or of weights, under the same names."""
+    """Returns the largest difference of losses, or of weights, under the same names."""
     assert one and one.keys() == other.keys()
     return max(float(torch.as_tensor(one[name] - other[name]).abs().max()) for name in one)

@@ -1,4 +1,4 @@
-"""The hub's datasets without the hub: rows in a parquet file, read by the datasets library itself."""
+"""Replaces the hub's datasets: rows in a parquet file, read by the datasets library itself."""
 
 import io
 
@@ -17,12 +17,13 @@ def png(colour) -> bytes:
 
 
 def stand_in(monkeypatch, folder, rows: list[dict], repository: str, config: str | None, split: str) -> None:
-    """One part of one data set."""
+    """Replaces one split of one dataset."""
     local_hub(monkeypatch, folder, {(repository, config, split): rows})
 
 
 def local_hub(monkeypatch, folder, held: dict[tuple[str, str | None, str], list[dict]]) -> None:
-    """`held` has the rows by repository, config and split; bytes of an image, or a list of them, under "image"."""
+    """Replaces several splits. `held` has the rows by repository, config and split; images are bytes, or lists of
+    bytes, under "image"."""
     datasets = pytest.importorskip("datasets")
     load, kept = datasets.load_dataset, {}
     for number, (place, rows) in enumerate(held.items()):

@@ -48,7 +48,7 @@ PROMPTS = [
 
 
 def train(folder: Path) -> bytes:
-    """The bytes of tokenizer.model."""
+    """Returns the bytes of tokenizer.model."""
     prefix = folder / "model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -79,7 +79,8 @@ def added_token(content: str, **more) -> dict:
 
 
 def llava_folder(folder, model: bytes, legacy: bool | None, model_type: str | None = None, **changed):
-    """The tokenizer files of a LLaVA-1.5 checkpoint, which transformers 4 wrote; `legacy` None: not written."""
+    """Writes the tokenizer files of a LLaVA-1.5 checkpoint as transformers 4 did. With `legacy` None the setting is
+    left out."""
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {
         "add_bos_token": True,
@@ -107,8 +108,8 @@ def llava_folder(folder, model: bytes, legacy: bool | None, model_type: str | No
 
 
 def slow_llama_ids(model: bytes, text: str, legacy: bool) -> list[int]:
-    """The slow LlamaTokenizer that LLaVA used: special tokens are cut out first, the rest goes to sentencepiece. Its
-    dummy prefix is written before every piece (legacy), or before the whole text."""
+    """Returns the ids of the slow LlamaTokenizer that LLaVA used: special tokens are cut out first, the rest goes to
+    sentencepiece. Its dummy prefix is written before every piece (legacy), or before the whole text."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = legacy
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -1,4 +1,5 @@
-"""What training starts from, in small: a language model and a tower in transformers' own files, and a toy world."""
+"""The starting point of training, in small: a language model and a tower in transformers' own files, and short runs on
+it."""
 
 import json
 from pathlib import Path
@@ -9,10 +10,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from vica.plan.formats import TOWER
 from vica.testing import build_tokenizer
+from vica.train.run import main
 
 LAYERS = "[0, 2]"
 
-# Names of the weights of `write_base`, once it is a model.
+# Names of the weights of `write_base` inside a whole model.
 MAPS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 NORMS = ["input_layernorm", "post_attention_layernorm"]
 PROJECTOR = {f"model.mm_projector.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")}
@@ -27,7 +29,7 @@ def talk(*texts: str) -> list[dict]:
 
 
 def write_base(folder: Path, **changes) -> Path:
-    """A Llama of four layers with its tokenizer, and the tower beside it. `changes` are the language model's."""
+    """Writes a Llama of four layers with its tokenizer, and the tower beside it. `changes` are the language model's."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -45,7 +47,8 @@ def write_base(folder: Path, **changes) -> Path:
 
 
 def widened(model):
-    """Of fresh weights the usual size the image sways nothing: what is wrong with it would not be seen."""
+    """Returns the model with larger weights: at the usual size of fresh ones an image hardly moves the output, and
+    errors in it would go unseen."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "position" not in name:
@@ -54,7 +57,7 @@ def widened(model):
 
 
 def arguments(root: Path, output: Path, stage: str | None = "finetune", **changes) -> list[str]:
-    """A short run's flags; `root` holds the base and the world. A change to None leaves the flag out."""
+    """Returns a short run's flags; `root` holds the base and the world. A change to None leaves the flag out."""
     flags = dict(
         stage=stage, version="plain" if stage == "pretrain" else "v1", model_name_or_path=root / "llm",
         vision_tower=root / "tower", t2v_layers=LAYERS, data_path=root / f"world/{stage or 'finetune'}.json",
@@ -66,8 +69,14 @@ def arguments(root: Path, output: Path, stage: str | None = "finetune", **change
     return [text for name, value in given.items() for text in (f"--{name}", value)]
 
 
+def trained(root: Path, output: Path, stage: str = "finetune", **flags) -> Path:
+    """Runs a stage of training and returns its output folder."""
+    assert main(arguments(root, output, stage, **flags)) == 0
+    return output
+
+
 def tower_weights(root: Path) -> dict[str, torch.Tensor]:
-    """Under the names that they have in the whole model."""
+    """Returns the tower's weights under the names that they have in the whole model."""
     weights = load_file(root / "tower/model.safetensors")
     return {TOWER + name.removeprefix("vision_model."): x for name, x in weights.items()}
 

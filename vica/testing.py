@@ -1,4 +1,4 @@
-"""A model small enough to build in a second, complete with tower, tokenizer and processor. Its weights are random."""
+"""A random tiny model that builds in a second, complete with tower, tokenizer and processor."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from .plan.config import ViCAConfig
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 VOCABULARY = 400
-# Enough of the language asked in to give common words one token; all other text falls back to bytes.
+# Enough of the test questions' language to give common words one token each; all other text falls back to bytes.
 CORPUS = [
     "What is in the picture? What colour is the circle? How many squares are there? Is there a star?",
     "There is a red circle left of a blue square above a green triangle on a yellow ground. Yes. No.",
@@ -28,7 +28,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Bytes, and whatever is frequent in `texts`."""
+    """Returns a byte-level BPE tokenizer with merges for the frequent parts of `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def build_config() -> ViCAConfig:
-    """LLaVA-1.5's proportions (576 visual tokens a picture), 8 layers of width 256."""
+    """Returns a config with LLaVA-1.5's proportions (576 visual tokens an image), 8 layers of width 256."""
     return ViCAConfig(
         text_config=dict(
             hidden_size=256,
@@ -77,7 +77,7 @@ def build(seed: int = 0) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
     torch.manual_seed(seed)
     config = build_config()
     model = ViCAForConditionalGeneration(config).eval()
-    with torch.no_grad():  # of usual training's size, so that the picture really sways the answer
+    with torch.no_grad():  # weights of a trained model's size, so that the picture really changes the answer
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "vision_tower" not in name:
                 weight.normal_(0, 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5)

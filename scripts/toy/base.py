@@ -1,4 +1,5 @@
-"""Makes what the toy recipe starts from: tokenizer, CLIP tower and language model, trained on the train split.
+"""Makes the starting point of the miniature recipe from the toy world's train split: tokenizer, CLIP tower, language
+model.
 
 llm/     a small Llama and its tokenizer, trained on the world's language
 tower/   the vision half of a small CLIP, trained to tell which caption belongs to which of many pictures and twins
@@ -25,13 +26,14 @@ from vica.utils.errors import ViCAError
 from vica.utils.files import whole_folder
 from vica.utils.program import DEFAULT, exit_status
 
-WORDS, SAMPLE = 600, 20000  # of the tokenizer, and texts that it is made from
+WORDS, SAMPLE = 600, 20000  # tokens of the tokenizer, and texts to train it on
 LAYERS, WIDTH, HEADS, INNER = 12, 192, 6, 512
 POSITIONS = 2048
-SCENES = 120000  # whose sentences the language model reads
-ROW = 512  # tokens of text that it sees at once
+SCENES = 120000  # scenes whose sentences the language model reads
+LENGTH = 512  # tokens in one training sequence of the language model
 LEAST = {"tower_steps": 1, "language_steps": 1, "pictures": FAMILY, "batch": 1}
-PARTS = {"tower": ("tower", "clip_vision_model"), "llm": ("language model", "llama")}  # in words, and as transformers'
+# the name in messages, and transformers' model_type
+PARTS = {"tower": ("tower", "clip_vision_model"), "llm": ("language model", "llama")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,14 +65,14 @@ def build(args) -> None:
             print(f"{args.out / name} is there already", flush=True)
     if not missing:
         return
-    # First of all, as it is done by forks, which like neither threads nor a GPU in use.
+    # Draw first: it forks, which goes well with neither threads nor a GPU in use.
     drawn = draw_families(args.pictures // FAMILY, args.seed) if "tower" in missing else None
     texts = list(islice(language(SCENES, args.seed), None if "llm" in missing else SAMPLE))
     tokenizer = train_tokenizer(texts[:SAMPLE], WORDS)
     for name in missing:
         torch.manual_seed(args.seed)
         with whole_folder(args.out / name) as folder:
-            if name == "tower":
+            if drawn is not None and name == "tower":
                 make_tower(folder, tokenizer, drawn, args, device)
                 drawn = None
             else:
@@ -84,7 +86,7 @@ def check_least(args, least: dict[str, int]) -> None:
 
 
 def check_part(folder: Path, name: str) -> Path:
-    """A folder that this module made."""
+    """Returns the folder after a check that this module made it."""
     words, model_type = PARTS[name]
     config = folder / "config.json"
     if not config.is_file() or read_json(config).get("model_type") != model_type:
@@ -92,8 +94,11 @@ def check_part(folder: Path, name: str) -> Path:
     return folder
 
 
-def make_tower(folder: Path, tokenizer: PreTrainedTokenizerFast, drawn, args, device) -> None:
-    clip = contrastive(tokenizer, *drawn, args.batch, args.tower_steps, device)
+def make_tower(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, drawn: tuple[torch.Tensor, list[str]], args, device
+) -> None:
+    pixels, captions = drawn
+    clip = contrastive(tokenizer, pixels, captions, args.batch, args.tower_steps, device)
     clip.vision_model.config.architectures = ["CLIPVisionModel"]
     clip.vision_model.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder)
@@ -110,11 +115,11 @@ def language_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], args, d
         vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, bos_token_id=1, eos_token_id=2, pad_token_id=3,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
-    ids = np.concatenate([[*row, 2] for row in tokenizer(texts).input_ids])
-    rows = torch.from_numpy(ids[: len(ids) // ROW * ROW].reshape(-1, ROW)).to(device)
+    ids = np.concatenate([[*text, 2] for text in tokenizer(texts).input_ids])
+    sequences = torch.from_numpy(ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)).to(device)
 
     def loss() -> torch.Tensor:
-        some = rows[torch.randint(len(rows), (max(1, args.batch // 8),), device=device)]
+        some = sequences[torch.randint(len(sequences), (max(1, args.batch // 8),), device=device)]
         return model(input_ids=some, labels=some).loss
 
     return learn(model, loss, args.language_steps, 1e-3, "language model", device)

@@ -1,4 +1,4 @@
-"""Collects accuracy by kind of question, visual FLOPs and training time of the runs of scripts/toy.sh."""
+"""Reports accuracy by kind of question, visual FLOPs and training time of the runs that scripts/toy.sh made."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def run(args) -> None:
     (args.out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
     text = markdown(runs)
     (args.out / "claim.md").write_text(text)
-    draw(runs, args.out / "claim.png")
+    plot(runs, args.out / "claim.png")
     print(text)
 
 
@@ -61,7 +61,8 @@ def read_run(folder: Path) -> dict:
 
 
 def training_seconds(history: list[dict], batch: int) -> float:
-    """Of the second stage, on one card, in however many parts: `train_runtime` is that of the last part alone."""
+    """Returns the seconds of the second stage, on one card, over all parts of an interrupted run: `train_runtime` is
+    that of the last part alone."""
     measured = [entry for entry in history if "samples_per_s" in entry]
     steps = (after - before for before, after in pairwise([0, *(entry["step"] for entry in measured)]))
     return sum(count * batch / entry["samples_per_s"] for count, entry in zip(steps, measured))
@@ -92,7 +93,7 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def draw(runs: list[dict], path: Path) -> None:
+def plot(runs: list[dict], path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:

@@ -13,7 +13,7 @@ from vica.utils.errors import ViCAError
 from vica.utils.program import exit_status, quiet_transformers
 from vica.utils.table import table
 
-ANSWER = 12  # tokens at most
+ANSWER = 12  # longest answer in tokens
 
 
 def main(argv: list[str] | None = None) -> int:

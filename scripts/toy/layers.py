@@ -1,5 +1,6 @@
-"""Which layers the language model of the toy world reads with: its own answers to questions about a caption, when what
-follows the caption sees it in some layers only. ViCA's T2V layers are chosen so, before any picture is trained on."""
+"""Finds the layers with which the toy world's language model reads: scores its answers to questions about a caption
+when the text after the caption sees it in some layers only. ViCA's T2V layers are chosen this way, before any training
+on pictures."""
 
 import argparse
 import random
@@ -17,13 +18,13 @@ from scripts.toy.base import check_least, check_part
 from vica.data.conversation import get_template
 from vica.loading import check_device
 from vica.toy.captions import caption
-from vica.toy.questions import ask
+from vica.toy.questions import questions_about
 from vica.toy.world import random_scene
 from vica.utils.errors import ViCAError
 from vica.utils.program import DEFAULT, exit_status, quiet_transformers
 from vica.utils.table import table
 
-KEPT = 32  # sets of a size, from which the next size is tried
+KEPT = 32  # sets of one size, from which the next size is built
 SHOWN = 10
 
 
@@ -55,10 +56,10 @@ def run(args) -> None:
 
 
 def search(reader: "Reader", other: "Reader", count: int) -> str:
-    """The best sets of so many layers, those of each size grown out of the best of one less; with their scores on
-    other questions than they were chosen by."""
+    """Returns a table of the best sets of `count` layers. The sets of each size are built from the best of one layer
+    less, and the scores shown are on other questions than those of the search."""
     everything = frozenset(range(reader.depth))
-    kept = [frozenset()]
+    kept: list[frozenset[int]] = [frozenset()]
     for size in range(1, count + 1):
         larger = {one | {layer} for one in kept for layer in everything - one}
         scores = {one: reader(one) for one in tqdm(larger, f"{size} layers", disable=None)}
@@ -70,7 +71,7 @@ def search(reader: "Reader", other: "Reader", count: int) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    right: float  # percent of answers of which every token is the likeliest
+    right: float  # percentage of answers in which every token is the likeliest
     likelihood: float  # mean of the answers' log-likelihoods
 
 
@@ -78,12 +79,12 @@ class Reader:
     def __init__(self, model: LlamaForCausalLM, tokenizer, questions: Iterable[int]):
         self.model, self.layers, device = model, model.model.layers, model.device
         self.depth = len(self.layers)
-        rows = [prepare(tokenizer, number) for number in questions]
-        ids, answers, captions = (pad_sequence([row[x] for row in rows], batch_first=True) for x in range(3))
+        samples = [prepare(tokenizer, number) for number in questions]
+        ids, answers, captions = (pad_sequence([one[x] for one in samples], batch_first=True) for x in range(3))
         self.ids, self.answers = ids.to(device), answers[:, 1:].to(device)
         places = torch.arange(ids.shape[1])
         past = (places[:, None] >= places)[None, None].to(device)
-        # A caption's own tokens see it everywhere; what comes after it only where the layer reads.
+        # A caption's own tokens see it in every layer; the text after it only in reading layers.
         after = (captions.cumsum(1) == captions.sum(1, keepdim=True)) & ~captions
         closed = past & ~(after[:, None, :, None] & captions[:, None, None, :]).to(device)
         self.masks = {True: past.expand_as(closed), False: closed}
@@ -110,10 +111,11 @@ class Reader:
 
 
 def prepare(tokenizer, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids of a conversation about a caption, and which of them are the answer's and which the caption's."""
+    """Returns the token ids of a conversation about a caption, and masks of the answer's and of the caption's
+    tokens."""
     rng, template = random.Random(f"layers {number}"), get_template("vicuna_v1")
     scene = random_scene(rng)
-    told, question = caption(scene, rng), rng.choice(ask(scene, rng))
+    told, question = caption(scene, rng), rng.choice(questions_about(scene, rng))
     asked = template.render([("user", f"{told}\n{question.text}")])
     begin = asked.index(told)
     found = tokenizer(f"{asked} {question.answer}{template.stop}", return_offsets_mapping=True)

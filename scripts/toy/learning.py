@@ -1,4 +1,4 @@
-"""Training loop of the small parts that the recipe starts from."""
+"""Trains the small parts that training starts from."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 
 def learn(model, loss: Callable[[], torch.Tensor], steps: int, rate: float, name: str, device: torch.device):
-    """AdamW with a short rise of the rate and a cosine's fall. On CUDA a step is captured once: models so small would
-    wait for their kernels' launches."""
+    """Trains with AdamW, a short warm-up of the rate and a cosine decay, and returns the model. On CUDA a step is
+    captured once: for such small models the launches of kernels would take longer than their work."""
     captured = device.type == "cuda"
-    rates = torch.tensor(0.0, device=device)  # as what comes before the capture must teach nothing
+    rates = torch.tensor(0.0, device=device)  # zero at first: the steps before the capture must not train
     settings = dict(lr=rates, capturable=True) if captured else dict(lr=rate)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, **settings)
 
@@ -39,7 +39,7 @@ def learn(model, loss: Callable[[], torch.Tensor], steps: int, rate: float, name
 
 
 def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`step` as a CUDA graph, after some ordinary ones."""
+    """Returns `step` as a CUDA graph, captured after some ordinary steps."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,9 +1,9 @@
-"""What a tower's patches tell of a thing in the picture: how often its shape, colour and size can be read from the four
-patches in the middle of its place.
+"""Measures the information in a tower's patches about a thing in the picture: how often its shape, colour and size can
+be read from the four patches in the middle of its place.
 
 linear      by a linear map of the four
-set         by a network that looks at each by itself, averages, and thinks: what attention to frozen tokens can do
-together    by a network that sees the four at once, as a decoder can in which they attend to one another
+set         by a network that maps each by itself, averages, and maps again, as attention to frozen tokens can
+together    by a network that sees the four at once, as a decoder can if they attend to one another
 """
 
 import argparse
@@ -24,9 +24,9 @@ from vica.toy.world import COLOURS, SHAPES, SIDE, SIZES, Thing, draw, random_sce
 from vica.utils.program import DEFAULT, exit_status, quiet_transformers
 from vica.utils.table import table
 
-PATCH, LAYER = 14, -2  # the layer is LLaVA's
+PATCH, LAYER = 14, -2  # LLaVA's layer
 HIDDEN, STEPS, BATCH = 256, 600, 1024
-SURE = 1e-3  # of a loss: AdamW's moments would fade to numbers that CPUs are slow with
+SURE = 1e-3  # loss at which to stop: AdamW's moments would decay to denormal numbers, which are slow on CPUs
 ASKED = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
 
 
@@ -52,7 +52,7 @@ def run(args) -> None:
 
 
 def read(name: str, learned, asked) -> tuple[str, ...]:
-    """A row of the table."""
+    """Returns a row of the table."""
     (patches, things), (others, other_things) = learned, asked
     labels, wanted = (
         torch.tensor([ASKED[name].index(getattr(thing, name)) for thing in some], device=patches.device)
@@ -63,7 +63,8 @@ def read(name: str, learned, asked) -> tuple[str, ...]:
 
 
 def right(make, patches, labels, others, wanted, count: int) -> float:
-    """Percent of `wanted`, [M], that a network taught with `patches`, [N, 4, width], and `labels` reads in `others`."""
+    """Returns the percentage of `wanted`, [M], that a network trained on `patches`, [N, 4, width], and `labels` reads
+    in `others`."""
     torch.manual_seed(0)
     mean, spread = patches.mean((0, 1)), patches.std((0, 1)) + 1e-6
     patches, others = (patches - mean) / spread, (others - mean) / spread
@@ -99,7 +100,7 @@ NETWORKS = {
 
 @torch.inference_mode()
 def look(tower: CLIPVisionModel, seed: str, count: int) -> tuple[torch.Tensor, list[Thing]]:
-    """Each thing of so many scenes, and its four patches: [things, 4, width]."""
+    """Returns the four patches of each thing of `count` scenes, [things, 4, width], and the things."""
     rng, preprocess, patches, things = (
         random.Random(seed),
         CLIPImageProcessorPil(do_resize=False, do_center_crop=False),
@@ -118,7 +119,7 @@ def look(tower: CLIPVisionModel, seed: str, count: int) -> tuple[torch.Tensor, l
 
 
 def four(thing: Thing) -> list[int]:
-    """The patches whose middles are nearest to the middle of the thing's place."""
+    """Returns the patches whose middles are nearest to the middle of the thing's place."""
     across = SIDE // PATCH
     row, column = (min(int((place + 0.5) * SIDE / 3 / PATCH - 0.5), across - 2) for place in (thing.row, thing.column))
     return [across * y + x for y in (row, row + 1) for x in (column, column + 1)]

@@ -24,7 +24,6 @@ COLOURS = {"dense": "#b4532a", "ViCA": "#1f7a6d"}
 INK, PALE = "#22262b", "#e3e6ea"
 ROUNDS = 8  # in which the models take turns; the quickest counts, as other work on the machine slows some down
 
-
 # A line of the bill: its title, where its figure stands in `bill`, how it is written.
 ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("updates of visual tokens", "updated", "{:,}".format),

@@ -1,4 +1,4 @@
-"""Asks the two trained toy models about pictures that they never saw, in all three variants; tells costs and accuracy.
+"""Compares three variants on the repository's two trained toy models, with pictures that they never saw.
 
 toy-vica    reads pictures in a quarter of its layers: as accel (the fast way) and as mask (the same, the slow way)
 toy-dense   plain LLaVA, trained alike
@@ -64,7 +64,7 @@ def run(args) -> None:
 def measure(model, variant: str, processor, question: dict, args) -> dict:
     model.set_variant(variant)
     inputs = processor.ask(question["text"], [load_image(question["image"])])
-    features = list(model.get_image_features(inputs["pixel_values"]))  # the tower costs every variant the same
+    features = list(model.get_image_features(inputs["pixel_values"]))  # the tower costs the same in every variant
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "image_features": features}
     times = []
     for _ in range(REPEATS + 1):  # the first warms up
@@ -97,7 +97,7 @@ def costs(model, variant: str, runs: list[dict], referee: list[dict]) -> tuple[s
     visual = visual_tokens(model.config)
     image_token, text_token = kv_bytes(model.config, bytes_each=model.dtype.itemsize)
     cost = (f"{visual_flops(model.config, visual):.2e}", f"{image_token * visual:,}")
-    if variant == "mask":  # computes and keeps all, to be the plain referee; what it stands for is accel's cost
+    if variant == "mask":  # the referee computes and keeps everything; the cost of its function is accel's
         compared, cost = ("-", "-"), ("as dense", "as dense")
     elif variant == "dense":
         compared = ("another model", "-")
@@ -110,7 +110,7 @@ def costs(model, variant: str, runs: list[dict], referee: list[dict]) -> tuple[s
 
 
 def show_accuracy(vica, dense, processor, pictures: int) -> None:
-    """On a test world of its own: each picture holds two things that no training picture holds together."""
+    """Prints the accuracy on a new test world: each picture holds a pair of things that no training picture holds."""
     with tempfile.TemporaryDirectory() as folder:
         world = write(Path(folder) / "world", train=1, test=pictures, seed=1)
         questions = read_questions(world / "test.jsonl")
@@ -118,7 +118,7 @@ def show_accuracy(vica, dense, processor, pictures: int) -> None:
         for name, model, variant in (("ViCA", vica, "accel"), ("dense", dense, "dense")):
             model.set_variant(variant)
             found[name] = score(questions, answers(model, processor, questions, world / "images"))
-    rows = [("right answers, %", "questions", *found)]
+    rows: list[tuple] = [("right answers, %", "questions", *found)]
     for kind in found["ViCA"]:
         rows.append((kind, found["ViCA"][kind][1], *(f"{100 * r[kind][0] / r[kind][1]:.0f}" for r in found.values())))
     print(table(rows))

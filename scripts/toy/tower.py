@@ -1,8 +1,8 @@
-"""Trains the tower of the toy world: the vision half of a small CLIP that matches captions and pictures.
+"""Trains the tower of the toy world: the vision half of a small CLIP, which learns which caption fits which picture.
 
-A caption's likeness to a picture is that of its words: each is as like as the patch that it is most like. CLIP's own
-loss asks for one vector of the whole picture. A tower that learned so told nearly all twins apart, and yet its single
-patches, which are all that a language model sees, said little of shapes.
+A caption's similarity to a picture is the mean over its words of their similarity to the most similar patch. CLIP's own
+loss compares one vector of the whole picture. A tower trained that way told nearly all twins apart, and yet its single
+patches, which are all that a language model sees, said little about shapes.
 """
 
 import random
@@ -22,7 +22,7 @@ from vica.toy.world import SIDE, draw, random_scene
 
 VISION = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6, projection_dim=128)
 TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128)
-TOKENS = 72  # of a caption
+TOKENS = 72  # longest caption in tokens
 FAMILY = 4  # pictures that differ in one thing
 GROUP = 16  # families that are compared with each other
 
@@ -54,7 +54,8 @@ def build(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def likeness(model: CLIPModel, ids: torch.Tensor, pixels: torch.Tensor, pad: int) -> torch.Tensor:
-    """[groups, texts, pictures] of ids [groups, texts, T] and pixels [groups * pictures, 3, H, W]."""
+    """Returns similarities [groups, texts, pictures] of ids [groups, texts, T] and pixels [groups * pictures, 3, H,
+    W]."""
     groups, texts, length = ids.shape
     patches = model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
     patches = normalize(model.visual_projection(model.vision_model.post_layernorm(patches)), dim=-1)
@@ -68,13 +69,13 @@ def likeness(model: CLIPModel, ids: torch.Tensor, pixels: torch.Tensor, pad: int
 
 
 def pairing_loss(scores: torch.Tensor) -> torch.Tensor:
-    """Each text among the pictures, and each picture among the texts."""
+    """Returns the loss of finding each text's picture among the pictures, and each picture's text among the texts."""
     own = torch.arange(scores.shape[-1], device=scores.device).expand(len(scores), -1)
     return (cross_entropy(scores, own) + cross_entropy(scores.mT, own)) / 2
 
 
 def draw_families(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Pictures [count * FAMILY, 3, SIDE, SIDE] and their captions, twins beside each other."""
+    """Returns pictures [count * FAMILY, 3, SIDE, SIDE] and their captions, with twins next to each other."""
     pixels, captions = np.empty((count, FAMILY, 3, SIDE, SIDE), np.uint8), []
     for place, (pictures, told) in enumerate(in_order(partial(draw_family, seed), count, "drawing", "families")):
         pixels[place] = pictures

@@ -1,8 +1,8 @@
-"""Scenes that differ in one thing only: what a contrastive tower must tell apart to learn more than colours.
+"""Makes scenes that differ in one thing only, which a contrastive tower must tell apart to learn more than colours.
 
-Among pictures drawn by chance, colours, places and grounds give each one away, and a tower never learns shapes or
-letters. With twins of a picture in its batch it has to. Where two things have exchanged shapes or colours, it has to
-learn besides which belongs to which.
+Among random pictures, colours, places and grounds identify each one, and a tower never learns shapes or letters. Twins
+of a picture in its batch force it to. If two things have exchanged shapes or colours, it must also learn which belongs
+to which.
 """
 
 import random
@@ -12,8 +12,8 @@ from vica.toy.world import COLOURS, SHAPES, WORDS, Scene, is_train_scene, place_
 
 
 def twins(scene: Scene, count: int, rng: random.Random) -> list[Scene]:
-    """The scene and so many others of the train split, each with one shape, colour, size, place or the word changed,
-    or with two things' shapes or colours exchanged."""
+    """Returns the scene and `count` others of the train split, each with one shape, colour, size, place or the word
+    changed, or with two things' shapes or colours exchanged."""
     changes = [_shape, _shape, _colour, _size, _place]  # shapes are the hardest to see
     changes += [_word] if scene.word else []
     changes += [_exchange] if len(scene.things) > 1 else []
@@ -26,7 +26,8 @@ def twins(scene: Scene, count: int, rng: random.Random) -> list[Scene]:
 
 
 def _unmoved(scene: Scene) -> Scene:
-    """Scenes that are the same but for some pixels have the same captions: nothing could tell them apart."""
+    """Returns the scene without shifts. Scenes that differ only in some pixels have the same captions, and no loss
+    could tell them apart."""
     return replace(scene, things=tuple(replace(thing, shift=(0, 0)) for thing in scene.things))
 
 
@@ -48,7 +49,8 @@ def _place(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _word(scene: Scene, rng: random.Random) -> Scene:
-    """Another word of the same length: it covers the same pixels."""
+    """Returns the scene with another word of the same length, which covers the same pixels."""
+    assert scene.word is not None
     alike = [word for word in WORDS if len(word) == len(scene.word.text)]
     return replace(scene, word=replace(scene.word, text=rng.choice(alike)))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2 with adapters on the language model in place of all its weights. `vica convert OUTPUT DST --to vica` merges them.
+# Stage 2 with adapters on the language model instead of all its weights. `vica convert OUTPUT DST --to vica` merges them.
 # Everything can be set from the environment (see launch.sh) or by trailing flags.
 set -euo pipefail
 GLOBAL_BATCH="${GLOBAL_BATCH:-128}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A trained model learns a task of your own: CKPT names the model, DATA and IMAGES the samples. Everything else can be set
-# from the environment (see launch.sh) or by trailing flags. Its layers and prefix rule are its own, unless T2V_LAYERS or
-# CONFIG names others: a file of configs/ would rewire a model that was trained with other layers.
+# Trains a finished model on a task of your own: CKPT names the model, DATA and IMAGES the samples. Everything else can be
+# set from the environment (see launch.sh) or by trailing flags. The model keeps its layers and prefix rule unless
+# T2V_LAYERS or CONFIG names others: a file of configs/ would rewire a model that was trained with other layers.
 #   CKPT=checkpoints/vica-v1.5-7b DATA=mine.json IMAGES=pictures bash scripts/v1_5/finetune_task.sh
 set -euo pipefail
 CONFIG="${CONFIG:-}"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Sourced by the training scripts: `launch FLAGS` starts vica.train on all GPUs of this machine, or of several.
-# Relative paths, also those in flags, begin at the repository.
+# Relative paths, also those in flags, start from the repository.
 #
 #   MODEL=3b|7b|13b      picks configs/vica-llava-1.5-$MODEL.json: backbone, tower, layers, prefix rule
-#   CONFIG=FILE          another file of that kind; none at all where it is set and empty
-#   T2V_LAYERS="[0,1]"   other layers than the file's
+#   CONFIG=FILE          another file of that kind; none if it is set and empty
+#   T2V_LAYERS="[0,1]"   layers in place of the file's
 #   GPUS=8               processes on this machine            (default: its GPUs; none: one process on the CPU)
-#   GLOBAL_BATCH, BATCH  samples a step, and those of one process at once; the rest is accumulated
-#   ENGINE=FILE|none     DeepSpeed's settings                 (default: the script's choice; none where there is no GPU)
+#   GLOBAL_BATCH, BATCH  samples a step, and samples of one process in one pass; gradients accumulate over passes
+#   ENGINE=FILE|none     DeepSpeed's settings                 (default: the script's choice; none without a GPU)
 #   LAUNCHER=torchrun|deepspeed
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines, by torchrun on each (port: 29500; on one: a free one)
 #   HOSTFILE=FILE        several machines, by DeepSpeed's launcher on one of them: a process for each slot
@@ -23,7 +23,7 @@ fi
 source scripts/setup.sh
 find_python
 
-count_slots() { # of HOSTFILE; GLOBAL_BATCH is that of all machines
+count_slots() { # prints the slots of HOSTFILE: GLOBAL_BATCH counts all machines
     local slots
     slots="$(sed -nE 's/^[[:space:]]*[^#[:space:]]+[[:space:]]+slots=([0-9]+).*/+ \1/p' "$HOSTFILE")" || return 1
     if [ -z "$slots" ]; then
@@ -70,7 +70,7 @@ launch() {
         local machines=(--num_gpus "$processes")
         if [ -n "${HOSTFILE:-}" ]; then machines=(--hostfile "$HOSTFILE"); fi
         starter=("$(dirname "$PYTHON")/deepspeed" "${machines[@]}" --master_port "$MASTER_PORT" --module vica.train)
-    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "${ENGINE:-none}" = none ]; then # not DeepSpeed alone
+    elif [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ] && [ "${ENGINE:-none}" = none ]; then # DeepSpeed needs a launcher even for one process
         starter=("$PYTHON" -m vica.train)
     else
         find_port

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1: the projector learns to describe images; LLaVA-1.5's recipe. Everything can be set from the environment (see
 # launch.sh) or by trailing flags:   T2V_LAYERS="[0,1,7,8,9,10,11,14]" bash scripts/v1_5/pretrain.sh --max_steps 100
-# LLaVA pads images from stage 2 on: here they are cropped.
+# Images are cropped here; LLaVA pads them only from stage 2 on.
 set -euo pipefail
 GLOBAL_BATCH="${GLOBAL_BATCH:-256}"
 BATCH="${BATCH:-32}"

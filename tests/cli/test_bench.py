@@ -1,4 +1,4 @@
-"""`vica bench`: formulas against torch's counter, columns that do what they say, and reports that can be read on."""
+"""Tests `vica bench`: formulas against torch's counter, columns that do what they claim, and complete reports."""
 
 import json
 
@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 
 
 def bench(capsys, *arguments: str, status: int = 0) -> tuple[str, dict]:
-    """What `vica bench` prints, and its last line."""
+    """Returns the output of `vica bench`, and its last line as JSON."""
     assert main(["bench", *arguments, "--device", "cpu"]) == status
     out = capsys.readouterr().out
     return out, json.loads(out.splitlines()[-1])
 
 
 def small_models(**changes) -> Models:
-    """Weights of a small model with a tower, 16 visual tokens an image."""
+    """Returns a small random model with a tower, 16 visual tokens an image."""
     config = tiny_config(vision_config=tiny_vision(), freeze_prefix=True, **changes)
     return Models(random_model(config, CPU, torch.float32), None)
 
@@ -48,7 +48,7 @@ def columns_of(models: Models, p: Prompts, steps: int = 3) -> Columns:
 
 
 def counted_by_torch(work) -> dict[str, int]:
-    """FLOPs of linear maps and of batched products, which eager attention is made of."""
+    """Returns the FLOPs of linear maps and of batched products, of which eager attention consists."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work()
     counts = {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
@@ -68,8 +68,8 @@ def test_flops_of_linear_maps(variant, layers, frozen):
 @pytest.mark.parametrize("layers, frozen", [([], True), ([0, 2], True), ([1], False), ([0, 1, 2, 3], 2)], ids=str)
 @pytest.mark.parametrize("variant", ["accel", "dense"])
 def test_flops_of_attention(variant, layers, frozen):
-    """Eager attention computes rectangles. A prefix and a text of one token each leave nothing masked in accel's; of
-    dense's, all above the diagonal."""
+    """Eager attention computes whole rectangles. With a prefix and a text of one token each, accel's have no masked
+    entry, and dense's mask all entries above the diagonal."""
     model = tiny_model(variant=variant, t2v_layers=layers, freeze_prefix=frozen)
     model.model.kernel_name = "eager"
     visual, text_config = 20, model.config.text_config
@@ -83,7 +83,7 @@ def test_flops_of_attention(variant, layers, frozen):
 
 @pytest.mark.parametrize("variant", ["accel", "dense"])
 def test_flops_of_a_training_sample(variant):
-    """Linear maps: every row's, and the vocabulary's for the rows that have a label."""
+    """Counts the linear maps of every token, and the vocabulary's for the labelled ones."""
     model = tiny_model(variant=variant, t2v_layers=[0, 2], freeze_prefix=False)
     inputs = batch([Row((image(20), 9))])
     labels = inputs["input_ids"].clone()
@@ -100,14 +100,16 @@ def linear_alone(config, text: int, visual: int) -> int:
 
 
 def test_attention_of_several_tokens_by_hand():
-    """Prefix of 2, 3 visual, text of 2: the pairs of layer 0, which sees the image, and of the three that do not."""
+    """Prefix of 2, 3 visual, text of 2: the pairs of layer 0, which sees the image, and of the three layers that do
+    not."""
     config = tiny_config(t2v_layers=[0], freeze_prefix=False)
     pairs = (1 + 2) + (2 + 3 + 1) + (2 + 3 + 2) + 3 * ((1 + 2) + (2 + 1) + (2 + 2))
     assert prefill_flops(config, 2, 3, 2).attention == 4 * 32 * pairs
 
 
-def test_flops_of_what_is_kept():
-    """A kept prefix costs what the second call of a conversation costs; a kept image only what looking at it does."""
+def test_flops_with_kept_prefix_and_image():
+    """A kept prefix costs as much as the second call of a conversation; a kept image saves all but the attention to
+    it."""
     model = tiny_model(freeze_prefix=False)
     with torch.no_grad():
         cache = model(**batch([Row((6,))]), use_cache=True).past_key_values
@@ -152,7 +154,7 @@ def prompts(models):
 
 
 def test_peers_share_the_weights(models, prompts):
-    columns_of(models, prompts).drive("accel")  # fuses them
+    columns_of(models, prompts).drive("accel")  # the engine fuses the weights
     theirs = dict(models.transformers.model.named_parameters())
     q = models.accel.model.layers[1].self_attn.q_proj.weight
     assert theirs["model.language_model.layers.1.self_attn.q_proj.weight"].data_ptr() == q.data_ptr()
@@ -161,8 +163,8 @@ def test_peers_share_the_weights(models, prompts):
     assert models.transformers.language.config._attn_implementation == "sdpa"
 
 
-def test_random_models_lack_nothing(models, prompts):
-    """What the meta device empties is there again: a model that was built in the usual way sees the same."""
+def test_random_models_have_all_buffers(models, prompts):
+    """Buffers that the meta device empties are filled again: a model built in the usual way sees the same."""
     usual = ViCAForConditionalGeneration(models.config)
     usual.load_state_dict(models.weights)
     want = usual.eval().get_image_features(prompts.pixels)
@@ -171,11 +173,11 @@ def test_random_models_lack_nothing(models, prompts):
 
 
 def test_columns_answer_alike(models, prompts):
-    """All dense columns give the same first and last tokens, all of accel's too."""
+    """All dense columns give the same first and last tokens, and so do all of accel's."""
     columns = columns_of(models, prompts)
     families = {"transformers": "dense", "dense": "dense"}
     for phase in ("prefill", "first", "decode"):
-        makers = getattr(columns, phase)(prompts)
+        makers = columns.jobs(phase, prompts)
         makers = {name: make for name, make in makers.items() if name not in ("text", "static")}
         answers = {name: t.tokens for name, t in race(makers, 1, CPU).items()}
         assert len(makers) >= 5 and all(len(tokens) == 3 for tokens in answers.values())
@@ -183,14 +185,14 @@ def test_columns_answer_alike(models, prompts):
             assert len({tuple(t) for n, t in answers.items() if families.get(n, "accel") == family}) == 1, answers
 
 
-def test_what_is_kept_is_not_computed(models, prompts, monkeypatch):
+def test_kept_parts_are_not_computed(models, prompts, monkeypatch):
     columns, seen = columns_of(models, prompts), []
     image_kv, prefill = Runner.image_kv, Runner.prefill
     monkeypatch.setattr(Runner, "image_kv", lambda *a: seen.append(("images", len(a[1]))) or image_kv(*a))
     monkeypatch.setattr(Runner, "prefill", lambda *a: seen.append(("held", *(r.held for r in a[1]))) or prefill(*a))
     work = {}
     for column in ("nothing", "prefix", "image"):
-        job = columns.prefill(prompts)[column]()
+        job = columns.jobs("prefill", prompts)[column]()
         seen.clear()
         job.work(None)
         work[column] = list(seen)
@@ -201,18 +203,18 @@ def test_what_is_kept_is_not_computed(models, prompts, monkeypatch):
     }
 
 
-def test_slots_come_back(models, prompts):
+def test_slots_are_returned(models, prompts):
     drive = columns_of(models, prompts).drive("dense")
     pool = drive.runner.pool
-    drive.rows(prompts, prefix_kept=True)
+    drive.admit(prompts, prefix_kept=True)
     assert pool.slots - pool.free == 5 + 3 * (5 + 16 + 4 + 3)
     drive.clear()
     assert pool.free == pool.slots
 
 
-def test_too_many_rows_are_out_of_memory(models, prompts):
+def test_too_many_tokens_are_out_of_memory(models, prompts):
     drive = Drive(models.engine("dense", max_batch=3, kv_bytes=2**12))
-    found = race({"dense": lambda: Job(lambda _: None, lambda: drive.rows(prompts, False))}, 1, CPU)["dense"]
+    found = race({"dense": lambda: Job(lambda _: None, lambda: drive.admit(prompts, False))}, 1, CPU)["dense"]
     assert found.failure == "out of memory" and found.median is None
 
 
@@ -255,7 +257,7 @@ def test_throughput(capsys, monkeypatch):
 
 
 def test_training(capsys):
-    """Every column takes the same steps: as many samples, the same loss where it is the same function."""
+    """Every column takes the same steps: as many samples, and the same loss if it computes the same function."""
     out, found = bench(capsys, "train", "--preset", "toy", "--samples", "2", "--batch", "2", "2", "--repeats", "1")
     cells = {(c["stage"], c["column"]): c for c in found["cells"]}
     assert len(cells) == 10 and all(c["samples"] == 2 and not c["failure"] for c in cells.values())
@@ -284,14 +286,14 @@ def test_evaluation(capsys):
     assert report["first_s"] > cells["VQAv2 (test-dev)"]["seconds"] / 2
 
 
-def test_a_command_is_told_without_its_folders(monkeypatch, tmp_path):
+def test_a_command_is_shown_without_its_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "sys.argv", ["/bin/vica", "bench", "flops", "--preset", "7b", "--json", str(tmp_path / "a b.json")]
     )
     assert origin("abc")["command"] == "vica bench flops --preset 7b --json 'a b.json'"
 
 
-def test_only_what_the_stage_trains_learns(models):
+def test_only_the_stages_parts_learn(models):
     batches = make_batches(models, Mix(8, 0.4, 16, 1, 1.0, 0), 2, 2, seed=0)
     for stage, parts in (("pretrain", {"projector"}), ("finetune", {"projector", "language model"})):
         for column in ("transformers", "mask", "accel"):
@@ -401,6 +403,6 @@ def test_a_plot_without_matplotlib(capsys, monkeypatch):
     assert capsys.readouterr().err == "vica bench: --plot needs matplotlib: pip install 'vica[bench]'\n"
 
 
-def test_dense_is_the_same_weights_wired_otherwise():
+def test_dense_uses_the_same_weights():
     config = tiny_config()
     assert dense(config).plan[0].updates and not config.plan[0].updates

@@ -1,4 +1,4 @@
-"""The `vica` program, verb by verb, as a user types it."""
+"""Tests the `vica` program, verb by verb, as a user types it."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ def ask(model, *arguments) -> int:
 
 
 def generate(model: str, variant: str, ids: list[int], images: list, new_tokens: int) -> list[int]:
-    """What the plain model says after these ids, computed all at once."""
+    """Returns the plain model's answer after these ids, computed without a cache from earlier turns."""
     plain, processor = vica.load(model, variant=variant, device="cpu")
     pixels = processor(images=images)["pixel_values"] if images else None
     ids = torch.tensor([ids])
@@ -74,7 +74,7 @@ def test_answers_stream(model, variant, monkeypatch):
     assert len(growing) > 4 and all(sys.stdout.getvalue().startswith(x) for x in growing)
 
 
-def test_white_space_around_an_answer_is_left_out(model, monkeypatch, capsys):
+def test_answers_are_stripped_of_white_space(model, monkeypatch, capsys):
     talk = Talk(*vica.load(model, device="cpu"), GREEDY)
     monkeypatch.setattr(talk, "_fast", lambda request, write: [write(x) or 5 for x in (" ", "\n a", " ", "\n", "b \n")])
     assert talk.say("What?", []) == "a \nb" and capsys.readouterr().out == "a \nb\n"
@@ -93,7 +93,7 @@ def test_stop_strings(model, picture, variant, capsys):
 
 
 def test_a_stop_string_ends_the_tokens_too(model):
-    """What follows in a chat is the same, whichever way the answer was made."""
+    """The next turn of a chat is the same with every way of generating."""
     kept = []
     for variant in ("accel", "mask"):
         talk = Talk(*vica.load(model, variant=variant, device="cpu"), {**GREEDY, "max_new_tokens": 200, "stop": ["e"]})
@@ -122,7 +122,7 @@ def test_pictures_by_url_by_data_and_by_path_are_the_same(model, picture, capsys
 
 
 def bomb() -> bytes:
-    """A valid PNG of 30000x30000 that is small on disk."""
+    """Writes a valid PNG of 30000x30000 pixels that is small on disk."""
     file = io.BytesIO()
     Image.new("1", (30000, 30000)).save(file, "png", optimize=True)
     return file.getvalue()
@@ -196,7 +196,7 @@ def test_sampling_repeats_with_its_seed(model, variant, capsys):
 
 
 def test_the_real_program(model, picture):
-    """As a process: exit codes, nothing but the answer on stdout, help for every verb."""
+    """Runs it as a process: exit codes, only the answer on stdout, help for every verb."""
     run = partial(subprocess.run, capture_output=True, text=True)
     program = [sys.executable, "-m", "vica.cli.main"]
     good = run([*program, "ask", "--model", model, "--image", str(picture), "--max-new-tokens", "3", "What?"])
@@ -213,7 +213,7 @@ def test_every_verb_has_help(verb, capsys):
     assert stop.value.code == 0 and "usage: vica " + verb in capsys.readouterr().out
 
 
-def test_help_tells_what_an_answer_is_limited_to_unless_asked(capsys):
+def test_help_shows_the_default_answer_length(capsys):
     with pytest.raises(SystemExit):
         main(["ask", "--help"])
     told = " ".join(capsys.readouterr().out.split())
@@ -223,7 +223,7 @@ def test_help_tells_what_an_answer_is_limited_to_unless_asked(capsys):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chat_answers_as_the_plain_model_does(model, picture, variant):
-    """Each turn's answer equals generate's on all tokens so far, with the end mark of answers that were cut off."""
+    """Each turn's answer equals generate's on all tokens so far, with an end mark after truncated answers."""
     loaded, processor = vica.load(model, variant=variant, device="cpu")
     talk, ids, given, end = Talk(loaded, processor, GREEDY), [], [], processor.tokenizer.eos_token_id
     for text, count in (("Hello there", 0), ("What is this?", 1), ("And this one?", 1), ("Both?", 0)):
@@ -257,16 +257,16 @@ def test_an_answer_that_ended_itself_gets_no_second_end_mark(model):
 
 
 @pytest.mark.parametrize("variant", ["accel", "mask"])
-def test_a_placeholder_that_the_model_utters_is_no_image(model, picture, variant):
+def test_a_generated_placeholder_is_no_image(model, picture, variant):
     loaded, processor = vica.load(model, variant=variant, device="cpu")
     talk = Talk(loaded, processor, GREEDY)
     talk.say("What is it?", [])
-    uttered = next(x for x in talk.ids[-8:] if x not in talk.ids[:-8] + processor.tokenize_next_turn("And?"))
-    loaded.config.image_token_index = processor.image_token_index = uttered
+    generated = next(x for x in talk.ids[-8:] if x not in talk.ids[:-8] + processor.tokenize_next_turn("And?"))
+    loaded.config.image_token_index = processor.image_token_index = generated
     talk = Talk(loaded, processor, GREEDY)
     talk.say("What is it?", [])
     talk.say("And?", [picture])
-    assert talk.ids.count(uttered) == 1
+    assert talk.ids.count(generated) == 1
 
 
 def chat(model, lines: list[str], monkeypatch, *arguments) -> int:
@@ -274,8 +274,8 @@ def chat(model, lines: list[str], monkeypatch, *arguments) -> int:
     return main(["chat", "--model", model, "--device", "cpu", "--max-new-tokens", "4", *arguments])
 
 
-def test_a_chat_grown_too_long_goes_on(model, picture, monkeypatch, capsys):
-    """A message that does not fit is as if it had not been said; its image waits for the next one."""
+def test_a_chat_continues_after_a_message_that_does_not_fit(model, picture, monkeypatch, capsys):
+    """The message is dropped; its image waits for the next message."""
     assert chat(model, ["What?", f"/image {picture}", "And?", "/reset", "What?"], monkeypatch) == 0
     want = capsys.readouterr().out
     lines = ["What?", f"/image {picture}", "long " * 2048, "And?", "long " * 2048, "/reset", "What?"]
@@ -301,7 +301,7 @@ def test_an_answer_ends_with_the_models_positions(model, capsys):
     assert said[0] == said[1] != "\n"
 
 
-def test_bytes_of_another_encoding_do_not_end_the_talk(model):
+def test_bytes_of_another_encoding_do_not_end_the_chat(model):
     program = [sys.executable, "-m", "vica.cli.main", "chat", "--model", model, "--max-new-tokens", "3"]
     run = subprocess.run(program, input=b"caf\xe9?\nWhat?\n/exit\n", capture_output=True, env=os.environ | UTF_8)
     assert run.returncode == 0 and run.stderr.count(b"\n") == 1 and b"the text is not UTF-8" in run.stderr

@@ -9,7 +9,7 @@ from vica.utils.errors import ViCAError
 from vica.utils.files import held, room_needed, whole_folder
 
 
-def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path):
+def test_a_folder_made_meanwhile_by_another_process_is_kept(tmp_path):
     target = tmp_path / "folder"
     with pytest.raises(ViCAError, match="folder could not be put in place.*nothing is overwritten"):
         with whole_folder(target) as partial:
@@ -30,7 +30,7 @@ def test_a_folder_by_another_name(tmp_path, monkeypatch, name):
     assert (tmp_path / "empty" / "mine").exists()
 
 
-def test_held_by_one_run_at_a_time(tmp_path):
+def test_a_folder_has_one_run_at_a_time(tmp_path):
     with held(tmp_path, "take another"):
         with pytest.raises(ViCAError, match="is being written by another run; take another"):
             with held(tmp_path, "take another"):
@@ -39,7 +39,7 @@ def test_held_by_one_run_at_a_time(tmp_path):
         pass
 
 
-def test_a_killed_run_holds_nothing_though_its_workers_live(tmp_path):
+def test_a_killed_run_frees_its_folder_while_its_workers_live(tmp_path):
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -58,7 +58,7 @@ def test_a_killed_run_holds_nothing_though_its_workers_live(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("no"), RuntimeError("[enforce fail at inline_container.cc:672]")])
-def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_as_such(tmp_path, monkeypatch, error):
     def write():
         with room_needed(tmp_path / "new" / "folder"):
             raise error

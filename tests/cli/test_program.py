@@ -1,4 +1,4 @@
-"""How every program ends: one line for what its user can mend, a traceback for what is our fault."""
+"""Tests how every program ends: one line for a user's mistake, a traceback for a fault of ours."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_one_line(error, status, said, capsys):
     assert capsys.readouterr() == ("", said)
 
 
-def test_interrupted_with_a_word(capsys):
+def test_an_interrupt_is_reported(capsys):
     def work():
         raise KeyboardInterrupt
 

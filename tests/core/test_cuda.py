@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import plans
 from tests.builders import LAYOUTS, WIDTH, assert_close, batch, tiny_model
 from vica.kernels.attention import KERNELS
 
@@ -99,3 +100,51 @@ def test_the_default_path_of_a_ragged_batch_makes_no_dense_mask(monkeypatch):
     with torch.no_grad():
         logits = model(**on_gpu(batch(LAYOUTS["unequal numbers of images"], "left"), torch.bfloat16)).logits
     assert torch.isfinite(logits).all() and model.config.text_config.hidden_size == WIDTH
+
+
+PLANS = {
+    "fastv": plans.fastv(4, 2, 0.5, "round"),
+    "pyramiddrop": plans.pyramiddrop(4, [1, 2, 3], [0.7, 0.5, 0.2]),
+    "shortv": plans.shortv(4, [0, 2]),
+    "vtw": plans.vtw(4, 2, "renumber"),
+    "visipruner": plans.visipruner_shallow(4, 2),
+    "vica and pyramiddrop": plans.vica_pyramiddrop(4, [0, 2], True, [2], [0.5]),
+}
+ASKED = ["unequal numbers of images", "two images", "text beside image", "ragged lengths"]
+
+
+@pytest.mark.parametrize("layout", ASKED)
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_plans_equal_the_cpu(plan, layout):
+    """In float32, by accel and mask, with a decode step."""
+    inputs, model = batch(LAYOUTS[layout], "left"), tiny_model()
+    model.config.plan = PLANS[plan]
+    step = torch.full((len(inputs["input_ids"]), 1), 5)
+
+    def talk(inputs, step):
+        out = model(**inputs, use_cache=True)
+        return torch.cat([out.logits, model(step, past_key_values=out.past_key_values).logits], 1).cpu()
+
+    want = talk(inputs, step)
+    model.cuda()
+    for model.config.variant in ("mask", "accel"):
+        assert_close(talk(on_gpu(inputs, torch.float32), step.cuda()), want, 1e-4, model.config.variant)
+
+
+@pytest.mark.parametrize("layout", ASKED)
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_no_drop_waits_for_the_device(plan, layout):
+    """Ids and padding lie on the host; everything else is queued."""
+    inputs, model = batch(LAYOUTS[layout], "left"), tiny_model().to("cuda", torch.bfloat16)
+    model.config.plan = PLANS[plan]
+    inputs["image_features"] = [x.to("cuda", torch.bfloat16) for x in inputs["image_features"]]
+    model.model(**inputs)  # compiles kernels, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hidden, _ = model.model(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(hidden).all()

@@ -1,4 +1,4 @@
-"""The prompts, written out by hand as LLaVA's Conversation.get_prompt() gives them."""
+"""Tests the prompts against strings written by hand as LLaVA's Conversation.get_prompt() gives them."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_system_message_replaces_the_default():
     assert get_template("mistral").render(turns) == "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"
 
 
-def test_empty_system_leaves_llavas_traces():
+def test_an_empty_system_prompt_leaves_the_same_spaces_as_in_llava():
     turns = [("system", ""), ("user", "Hi")]
     assert get_template("vicuna_v1").render(turns) == " USER: Hi ASSISTANT:"
     assert get_template("llama_2").render(turns) == "[INST] Hi [/INST]"

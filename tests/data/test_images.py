@@ -1,4 +1,4 @@
-"""load_image: every kind of source gives the same pixels, and every mistake one line that names the source."""
+"""Tests load_image: every kind of source gives the same pixels, and every mistake one line that names the source."""
 
 import base64
 import functools
@@ -31,7 +31,7 @@ def picture(tmp_path):
 def server(tmp_path):
     class Silent(SimpleHTTPRequestHandler):
         def log_message(self, *_):
-            """Nothing on stderr."""
+            """Keeps stderr clean."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=tmp_path))
     thread = threading.Thread(target=server.serve_forever)
@@ -52,7 +52,7 @@ def complaint(source) -> str:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of that size whose pixels are missing."""
+    """Returns a PNG of that size whose pixels are missing."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -82,7 +82,7 @@ def test_every_kind_of_source(picture):
             np.testing.assert_array_equal(np.asarray(image), PIXELS)
 
 
-def test_a_long_path_is_told_by_its_end(tmp_path):
+def test_a_long_path_is_shown_by_its_end(tmp_path):
     path = tmp_path / ("folder" * 30) / "broken.png"
     path.parent.mkdir()
     path.write_bytes(b"no picture")
@@ -121,7 +121,7 @@ def test_exif_orientation_is_left_alone(tmp_path):
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "turned.png")), PIXELS)
 
 
-def test_what_is_no_readable_image(picture, tmp_path):
+def test_unreadable_images_are_errors(picture, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no image")
     broken = tmp_path / "broken.png"

@@ -1,4 +1,4 @@
-"""Labels: LLaVA's own way of making them is written out here, as the referee of ours."""
+"""Tests labels against LLaVA's own way of making them, written out here."""
 
 from itertools import groupby
 
@@ -23,7 +23,8 @@ WORDS = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
 
 @pytest.fixture(scope="session")
 def llama_like(sentencepiece_model) -> bytes:
-    """LLaVA's arithmetic takes it for granted that "USER" is one token and " USER" two, as in Llama's vocabulary."""
+    """Returns a vocabulary in which "USER" is one token and " USER" two, as in Llama's: LLaVA's arithmetic relies on
+    it."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
     piece = next(piece for piece in proto.pieces if piece.piece == "\u2581USER")
     piece.piece, piece.score = "USER", -50.5  # after "US" and "ER", before "\u2581US"
@@ -41,8 +42,8 @@ def processors(llama_like, tmp_path_factory):
 
 
 class LLaVA:
-    """What LLaVA-1.5's training makes of a conversation: ids, and the labels that it finds by counting the tokens of
-    each round alone. Where the count is not that of the whole it ignores the sample: all labels are IGNORE."""
+    """Makes ids and labels as LLaVA-1.5's training does, which counts the tokens of each round alone. If the counts do
+    not add up to the whole, LLaVA ignores the sample: all labels are IGNORE."""
 
     def __init__(self, model: bytes, legacy: bool):
         self.model, self.legacy = model, legacy
@@ -79,7 +80,7 @@ class LLaVA:
 
 @st.composite
 def conversations(draw):
-    """Texts in turn, at most one of the questions with an image, at any place of it."""
+    """Returns texts in turn, with an image anywhere in at most one of the questions."""
     texts = draw(st.lists(WORDS, min_size=2, max_size=7))
     if draw(st.booleans()):
         place = 2 * draw(st.integers(0, (len(texts) - 1) // 2))
@@ -109,7 +110,7 @@ def test_plain_is_llavas_but_for_the_token_after_the_image(processors, llama_lik
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize(("template", "end"), [("v1", "</s>"), ("llama_2", " </s>"), ("mistral", " </s>")])
-def test_the_answers_are_learned_and_nothing_else(processors, template, end, legacy):
+def test_only_the_answers_are_learned(processors, template, end, legacy):
     answers = ["3 birds.", "日本 🙂\n  yes ", "\nNo"]
     texts = ["<image>\nHow many?", answers[0], "Sure? <image> <image>", answers[1], "[/INST] ASSISTANT: 3", answers[2]]
     ids, labels = encode(talk(*texts), processors[legacy], template)
@@ -134,7 +135,7 @@ def test_text_is_cut_at_the_right_end(processors):
         assert encode(texts, processors[False], "v1", max_length=length) == (ids[:length], labels[:length])
     second = len(ids) - ids[::-1].index(IMAGE) - 1
     before = second + 575  # positions before the second image; the first takes 576
-    for length in (before, before + 575):  # an image that does not fit goes with what stands behind it
+    for length in (before, before + 575):  # an image that does not fit goes with the text after it
         assert encode(texts, processors[False], "v1", length, visual_tokens=576)[0] == ids[:second]
     assert encode(texts, processors[False], "v1", before + 577, visual_tokens=576)[0] == ids[: second + 2]
     with pytest.raises(ViCAError, match="no answer begins within 40 positions"):

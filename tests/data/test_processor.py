@@ -1,4 +1,4 @@
-"""ViCAProcessor against independent referees: hand-made arithmetic for the pixels, hand-written prompts for chats."""
+"""Tests ViCAProcessor against independent referees: pixels computed by hand, and prompts written by hand."""
 
 import base64
 from types import SimpleNamespace
@@ -172,7 +172,7 @@ def normalized(image: Image.Image, mean, std) -> np.ndarray:
 
 
 def clip_pixels(image: Image.Image, side: int) -> np.ndarray:
-    """The shortest edge to `side`, the centre cut out."""
+    """Returns CLIP's pixels: the shortest edge resized to `side`, the centre cut out."""
     width, height = image.size
     short = min(width, height)
     image = image.resize((int(side * width / short), int(side * height / short)), Image.Resampling.BICUBIC)
@@ -200,7 +200,7 @@ def test_clip_pixels(processor, size):
         np.testing.assert_array_equal(processor(images=image)["pixel_values"][0].numpy(), pixels)
 
 
-def test_what_is_cropped_is_not_enlarged_into_a_bomb(processor):
+def test_cropping_does_not_first_enlarge_a_long_image(processor):
     processor.image_mode = "crop"
     with pytest.raises(ViCAError, match="900000x1 is too long to be resized to 28 pixels"):
         processor(images=Image.new("RGB", (900000, 1)))
@@ -430,7 +430,7 @@ def test_from_config_with_siglip_or_no_tower(tokenizer):
 
 
 class BlindLlama(LlamaForCausalLM):
-    """Takes a ViCA model's inputs; sees no image."""
+    """A model that takes a ViCA model's inputs and sees no image."""
 
     def forward(self, input_ids=None, pixel_values=None, **kwargs):
         return super().forward(input_ids=input_ids.clamp(min=0), **kwargs)

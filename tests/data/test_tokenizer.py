@@ -1,4 +1,4 @@
-"""Token ids are those of LLaVA's slow tokenizer, with sentencepiece itself as the referee."""
+"""Tests token ids against LLaVA's slow tokenizer, with sentencepiece itself as the referee."""
 
 import json
 
@@ -30,7 +30,7 @@ FRAGMENTS = [
 def test_ids_are_those_of_llavas_slow_tokenizer(folders, sentencepiece_model, legacy, kind, tmp_path):
     tokenizer = load_tokenizer(folders[legacy, kind])
     assert type(tokenizer) is LlamaTokenizer
-    rule = legacy is not False  # transformers 4, which wrote these folders, took a missing "legacy" for true
+    rule = legacy is not False  # transformers 4, which wrote these folders, read a missing "legacy" as true
     expected = [llava_ids(sentencepiece_model, prompt, rule) for prompt in PROMPTS]
     assert [tokenize_prompt(prompt, tokenizer) for prompt in PROMPTS] == expected
     tokenizer.save_pretrained(tmp_path)
@@ -40,13 +40,13 @@ def test_ids_are_those_of_llavas_slow_tokenizer(folders, sentencepiece_model, le
 
 @pytest.mark.parametrize("kind", ["llava", "llava_llama"])
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_tokenizer_loaded_by_others_is_set_right(folders, sentencepiece_model, legacy, kind):
+def test_a_tokenizer_loaded_elsewhere_is_corrected(folders, sentencepiece_model, legacy, kind):
     processor = ViCAProcessor(tokenizer=AutoTokenizer.from_pretrained(folders[legacy, kind]))
     for prompt in PROMPTS:
         assert processor.tokenize(prompt) == llava_ids(sentencepiece_model, prompt, legacy)
 
 
-def test_what_transformers_5_wrote_without_legacy_is_not_legacy(folders, sentencepiece_model, tmp_path):
+def test_a_transformers_5_folder_without_legacy_is_not_legacy(folders, sentencepiece_model, tmp_path):
     AutoTokenizer.from_pretrained(folders[False, None]).save_pretrained(tmp_path)
     assert "legacy" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     ids = tokenize_prompt("3</s>USER", load_tokenizer(tmp_path))
@@ -66,7 +66,7 @@ def test_ids_of_any_mixture(both_rules, sentencepiece_model, fragments, legacy):
 
 
 def test_prefix_space_goes_where_the_slow_tokenizer_puts_it(both_rules):
-    """The same by hand, for the case that transformers 5 gets wrong for legacy tokenizers: "USER" after "</s>"."""
+    """Checks by hand the case that transformers 5 gets wrong for legacy tokenizers: "USER" after "</s>"."""
     for legacy, piece in [(True, "\u2581USER"), (False, "U")]:
         ids = tokenize_prompt("3</s>USER: 4", both_rules[legacy])
         after = both_rules[legacy].convert_ids_to_tokens(ids[ids.index(EOS) + 1])
@@ -118,7 +118,7 @@ def test_decoding_drops_placeholders(processor):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_an_image_token_keeps_llavas_ids_around_it(tmp_path, sentencepiece_model, legacy):
-    """As transformers' LlavaProcessor tokenizes, in one piece, with `<image>` as a token."""
+    """Tokenizes as transformers' LlavaProcessor does, in one piece, with `<image>` as a token."""
     tokenizer = load_tokenizer(llava_folder(tmp_path, sentencepiece_model, legacy))
     add_image_token(tokenizer)
     image = tokenizer.convert_tokens_to_ids("<image>")
@@ -132,8 +132,8 @@ def test_an_image_token_keeps_llavas_ids_around_it(tmp_path, sentencepiece_model
         assert tokenizer(prompt).input_ids == want, prompt
 
 
-def test_a_generic_tokenizer_is_what_its_own_file_says(tmp_path, recwarn):
-    """Of LLaVA's config beside it, transformers would read fields that it warns of."""
+def test_a_generic_tokenizer_follows_its_own_file(tmp_path, recwarn):
+    """LLaVA's config beside the tokenizer must stay unread: transformers would warn about its fields."""
     build_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama", "rope_scaling": None}))
     assert load_tokenizer(tmp_path).get_vocab() == build_tokenizer().get_vocab()

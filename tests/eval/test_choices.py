@@ -1,4 +1,5 @@
-"""MMBench, MMBench_CN and ScienceQA: prompts, files, the hub's rows, and scores against answers worked out by hand."""
+"""Tests MMBench, MMBench_CN and ScienceQA: prompts, files, the hub's rows, and scores against answers worked out by
+hand."""
 
 import base64
 import csv
@@ -20,7 +21,7 @@ COLUMNS = "index question hint A B C D answer category image source l2-category 
 
 
 def mmbench_rows(hint="") -> list[dict]:
-    """Two questions, of two and of three options, each as often as it has options. A picture is given once."""
+    """Returns two questions, with two and three options, each once for every option. A picture is stored once."""
     rows = []
     for number, colour, given in ((3, "red", ("yes", "no")), (8, "blue", ("cat", "dog", "One."))):
         for turn in range(len(given)):
@@ -57,13 +58,13 @@ def test_mmbench(english):
 def test_mmbench_pictures_stay_in_the_table(english):
     keys = [one.image_key for one in english]
     assert keys[0] == keys[2] != keys[1] == keys[3] == keys[4]
-    pictures = [one.image.read() for one in pickle.loads(pickle.dumps(english))]  # as a worker gets them
+    pictures = [one.image.read() for one in pickle.loads(pickle.dumps(english))]  # as a worker receives them
     assert pictures == [png(colour) for colour in ("red", "blue", "red", "blue", "blue")]
     assert all(len(pickle.dumps(one.image)) < 1000 for one in english)
 
 
 def test_mmbench_questions_about_one_picture(tmp_path):
-    """Two rows with the same bytes, neither of which points to the other, are answered from one encoding."""
+    """Two rows with the same bytes, neither of which points to the other, share one encoding."""
     rows = mmbench_rows()
     rows[1]["image"] = rows[0]["image"]
     write_table(tmp_path / "mmbench_dev_20230712.tsv", rows)
@@ -75,9 +76,7 @@ def test_mmbench_cn(tmp_path):
     rows[0] |= {"question": "这是什么？", "A": "猫", "B": "None", "C": "狗"}
     write_table(tmp_path / "mmbench_dev_cn_20231003.tsv", rows)
     questions = mmbench.CHINESE.read(tmp_path, "dev")
-    assert (
-        questions[0].prompt == "这是什么？\nA. 猫\n请直接回答选项字母。"
-    )  # LLaVA shows no option behind a missing one
+    assert questions[0].prompt == "这是什么？\nA. 猫\n请直接回答选项字母。"  # LLaVA shows no option after a missing one
     assert questions[0].gold["options"] == {"A": "猫", "C": "狗"}
 
 
@@ -149,9 +148,9 @@ OPTIONS = {"A": "a cat", "B": "Two dogs", "C": "dogs"}
         ("[B]: dogs", "B"),
         ("Option *B*!", "B"),
         ("b", None),
-        ("B。", None),  # no space is put for a Chinese full stop
+        ("B。", None),  # a Chinese full stop becomes no space
         ("A or B", None),
-        ("A bird sits on a warm mat", None),  # more than four words behind A
+        ("A bird sits on a warm mat", None),  # more than four words after A
         ("I see a nice cat: A", "A"),
         ("B it is what I see", None),
         ("D", None),
@@ -162,7 +161,7 @@ OPTIONS = {"A": "a cat", "B": "Two dogs", "C": "dogs"}
         ("The answer is D", None),
         ("A CAT", "A"),
         ("it's a cat", "A"),
-        ("two dogs", None),  # which C's text is part of
+        ("two dogs", None),  # which contains C's text
         ("dogs", "C"),
         ("dogs, " * 6, None),  # longer than twice all options
         ("I can't process this file. B", "Z"),
@@ -170,7 +169,7 @@ OPTIONS = {"A": "a cat", "B": "Two dogs", "C": "dogs"}
         ("", None),
     ],
 )
-def test_which_option_an_answer_means(answer, letter):
+def test_the_option_that_an_answer_means(answer, letter):
     assert chosen(answer, OPTIONS) == letter
 
 
@@ -190,7 +189,7 @@ def test_mmbench_spreadsheet(english, tmp_path):
     answers = {3: "A", 1000003: "=1+1", 8: "<B> & 'C'", 1000008: "", 2000008: "猫\x00\x1b\ufffe"}
     path = mmbench.ENGLISH.submit(english, answers, tmp_path)
     heading, *rows = cells(path)
-    assert heading == "index question A B C D prediction answer split".split()  # as LLaVA's own file
+    assert heading == "index question A B C D prediction answer split".split()  # as in LLaVA's own file
     assert rows[0] == [3, "Which\nis 3?", "yes", "no", None, None, "A", "A", "dev"]
     assert [row[6] for row in rows] == ["A", "<B> & 'C'", "=1+1", "", "猫"]
     first = path.read_bytes()
@@ -199,7 +198,7 @@ def test_mmbench_spreadsheet(english, tmp_path):
         mmbench.ENGLISH.submit(english, {id: text for id, text in answers.items() if id != 3}, tmp_path)
 
 
-def test_a_cell_has_its_longest(tmp_path):
+def test_a_cell_has_a_longest_text(tmp_path):
     assert len(cells(write_spreadsheet(tmp_path / "long.xlsx", [["x" * 40000]]))[0][0]) == 32767
 
 
@@ -276,9 +275,9 @@ def test_sqa_from_the_hub(tmp_path, monkeypatch, split, config):
         (" B", None),
         ("The answer is C.", 2),
         ("So. The answer is C because", 2),
-        ("The answer is C", None),  # nothing behind the letter
+        ("The answer is C", None),  # nothing after the letter
         ("The answer is C.\nThe answer is C.", None),  # said twice
-        ("D", None),  # there are three
+        ("D", None),  # there are only three
         ("D. dogs. The answer is A.", None),
         ("E", None),
         ("AB", None),
@@ -286,7 +285,7 @@ def test_sqa_from_the_hub(tmp_path, monkeypatch, split, config):
         ("答案是 B", None),
     ],
 )
-def test_which_choice_an_answer_names(answer, choice):
+def test_the_choice_that_an_answer_names(answer, choice):
     assert sqa.chosen(answer, 3) == choice
 
 

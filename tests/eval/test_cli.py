@@ -1,4 +1,4 @@
-"""`vica eval` as a user types it: exit codes, what it says, and whose answers it takes for the model's own."""
+"""Tests `vica eval` as a user types it: exit codes, output, and which earlier answers it accepts as the model's own."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def evaluate(tasks, model, data, out, *flags) -> int:
     return main(["eval", *tasks.split(), *told, *map(str, flags)])
 
 
-def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
+def test_a_broken_image_changes_the_exit_code(model, tmp_path, capsys):
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
     picture = next((data / "pope" / "val2014").iterdir())
     whole = picture.read_bytes()
@@ -48,20 +48,20 @@ def test_a_broken_image_is_seen_in_the_exit_code(model, tmp_path, capsys):
     assert evaluate("pope", model, data, out) == 0
 
 
-def test_questions_that_failed_count_as_wrong(model, tmp_path):
+def test_failed_questions_count_as_wrong(model, tmp_path):
     data = write_data(tmp_path / "data")
     for path in data.rglob("*"):
-        if path.is_file() and path.suffix in (".jpg", ".png", ""):  # SEED-Bench names them without
+        if path.is_file() and path.suffix in (".jpg", ".png", ""):  # SEED-Bench names its pictures without a suffix
             path.write_bytes(b"no picture")
-    tasks = "vqav2 gqa textvqa pope mme seed"  # the others hold pictures in their tables, or questions without one
+    tasks = "vqav2 gqa textvqa pope mme seed"  # the others have pictures inside their tables, or questions without one
     assert evaluate(tasks, model, data, tmp_path / "out", "--allow-errors") == 0
     rows = json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]
     assert [row["failed"] for row in rows] == [row["questions"] for row in rows]
     assert [row["score"] for row in rows] == [0] * len(rows)
 
 
-def test_one_benchmark_more_joins_the_summary(model, data, tmp_path):
-    """Of the nine scripts each writes into the same folder. One asked again takes its row's place."""
+def test_a_further_benchmark_joins_the_summary(model, data, tmp_path):
+    """Each of the nine scripts writes into the same folder. A benchmark that runs again replaces its row."""
 
     def rows() -> list[tuple]:
         told = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
@@ -82,7 +82,7 @@ def test_a_model_by_another_name_is_the_same(model, data, tmp_path, monkeypatch)
     assert evaluate("pope", f"{model.name}/", data, tmp_path, "--limit", 2) == 0
 
 
-def test_variants_answer_alike_whatever_the_generation_config_asks_for(model, data, tmp_path):
+def test_variants_answer_alike_with_any_generation_config(model, data, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     asked = dict(num_beams=3, repetition_penalty=1.8, no_repeat_ngram_size=1, min_length=400, eos_token_id=2)
     (tmp_path / "model/generation_config.json").write_text(json.dumps(asked))
@@ -99,8 +99,8 @@ def test_questions_have_one_source(data, tmp_path, capsys):
     assert ended.value.code == 2 and "--hub: not allowed with argument --data" in capsys.readouterr().err
 
 
-def test_files_of_other_contents_are_one_line(tmp_path, capsys):
-    """As where another file has got the name, such as the questions of a split without answers."""
+def test_files_with_other_contents_are_a_one_line_error(tmp_path, capsys):
+    """For example another file under the same name, such as the questions of a split without answers."""
     data = write_data(tmp_path / "data")
     wrong = [
         ("vqav2", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "[]"),
@@ -123,8 +123,8 @@ def test_files_of_other_contents_are_one_line(tmp_path, capsys):
         (data / file).write_bytes(whole)
 
 
-def test_answers_of_other_weights_in_the_same_folder_are_not_taken(data, tmp_path, capsys):
-    """As of a checkpoint that was trained on, or made anew."""
+def test_answers_of_other_weights_in_the_same_folder_are_refused(data, tmp_path, capsys):
+    """For example of a checkpoint that was trained further or replaced."""
     model, out = save(tmp_path / "model"), tmp_path / "out"
     assert evaluate("pope", model, data, out) == 0 == evaluate("pope", model, data, out)
     save(model, seed=1)
@@ -134,14 +134,14 @@ def test_answers_of_other_weights_in_the_same_folder_are_not_taken(data, tmp_pat
     assert evaluate("pope", model, data, out, "--restart") == 0
 
 
-def test_answers_of_another_run_are_found_before_the_benchmarks_ahead_of_them_are_asked(model, data, tmp_path):
+def test_answers_of_another_run_are_refused_before_any_benchmark_starts(model, data, tmp_path):
     assert evaluate("mme", model, data, tmp_path, "--limit", 2) == 0
     assert evaluate("pope mme", model, data, tmp_path) == 1
     assert not (tmp_path / "pope").exists()
     assert evaluate("pope mme", model, data, tmp_path, "--restart") == 0
 
 
-def test_two_runs_at_once_do_not_share_a_folder(model, data, tmp_path, capsys):
+def test_two_simultaneous_runs_do_not_share_a_folder(model, data, tmp_path, capsys):
     with held(tmp_path / "mme", "--out"):
         assert evaluate("pope mme", model, data, tmp_path) == 1
         assert f"{tmp_path / 'mme'} is being written by another run; --out FOLDER" in capsys.readouterr().err
@@ -151,14 +151,14 @@ def test_two_runs_at_once_do_not_share_a_folder(model, data, tmp_path, capsys):
     assert evaluate("pope mme", model, data, tmp_path) == 0
 
 
-def test_another_limit_is_said_so(model, data, tmp_path, capsys):
+def test_another_limit_is_named(model, data, tmp_path, capsys):
     assert evaluate("pope", model, data, tmp_path, "--limit", 2) == 0
     assert evaluate("pope", model, data, tmp_path) == 1
     assert "holds answers of another run: questions '2 (" in capsys.readouterr().err
     assert evaluate("pope", model, data, tmp_path, "--limit", 2) == 0
 
 
-def test_a_baseline_that_is_none_is_found_at_once(data, tmp_path, capsys):
+def test_a_file_that_is_no_baseline_is_refused_at_once(data, tmp_path, capsys):
     for text in ("[]", "{}", '{"benchmarks": [{}]}', '{"benchmarks": ["x"]}', '{"benchmarks": 3}', "\xff"):
         (tmp_path / "summary.json").write_bytes(text.encode("latin-1"))
         assert evaluate("pope", "no/model/at/all", data, tmp_path, "--baseline", tmp_path / "summary.json") == 1

@@ -1,4 +1,5 @@
-"""Where benchmarks come from: the hub under its old and its newer name, stored images, files that are no JSON."""
+"""Tests the sources of benchmarks: the hub under its old and its newer name, stored images, and files that are no
+JSON."""
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_both_names_of_the_hubs_datasets(owner, monkeypatch, tmp_path):
     assert [image.read() for image in images] == [png("blue"), png("red")] and images[0] == images[1]
 
 
-def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
+def test_an_unavailable_dataset_is_a_one_line_error(monkeypatch, tmp_path):
     local_hub(monkeypatch, tmp_path, {})
     with pytest.raises(ViCAError, match="the hub's lmms-lab/GQA cannot be read: .*; nor under its newer name: "):
         hub_rows("lmms-lab/GQA", "testdev", "images")

@@ -1,4 +1,4 @@
-"""GQA: its files, its prompts, its accuracy by kind of question."""
+"""Tests GQA: its files, its prompts, its accuracy by kind of question."""
 
 import json
 
@@ -6,9 +6,9 @@ import pytest
 
 from tests.eval_files import (
     SHORT,
+    error_of,
     names_what_is_missing,
     refuses_wrong_answers,
-    told,
     without_pictures,
     write,
     write_lines,
@@ -82,7 +82,7 @@ def test_hub_without_an_image(monkeypatch, tmp_path):
         ("lmms-lab/GQA", "testdev_balanced_images", "testdev"): [dict(id="n235859", image=picture(0))],
     }
     local_hub(monkeypatch, tmp_path, held)
-    assert "about image n161313" in told(lambda: TASK.read_hub("testdev"))
+    assert "about image n161313" in error_of(lambda: TASK.read_hub("testdev"))
 
 
 def test_missing_files(folder):
@@ -93,9 +93,9 @@ def test_missing_files(folder):
 
 def test_a_question_without_annotations(folder):
     write(folder / "data" / NAME, json.dumps({id: annotated(id) for id in list(QUESTIONS)[1:]}))
-    assert "asks 201307251, to which" in told(lambda: TASK.read(folder, "testdev"))
-    write(folder / "data" / NAME, json.dumps([annotated(id) for id in QUESTIONS]))  # as others publish it
-    assert "not GQA's own" in told(lambda: TASK.read(folder, "testdev"))
+    assert "asks 201307251, to which" in error_of(lambda: TASK.read(folder, "testdev"))
+    write(folder / "data" / NAME, json.dumps([annotated(id) for id in QUESTIONS]))  # as other sources publish it
+    assert "not GQA's own" in error_of(lambda: TASK.read(folder, "testdev"))
 
 
 @pytest.mark.parametrize(

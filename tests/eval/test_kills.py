@@ -1,5 +1,5 @@
-"""vica eval, killed (kill -9) at any moment and started again by the same command, ends with the undisturbed run's
-files and scores, by one process and by two."""
+"""Tests vica eval, killed (kill -9) at any moment and restarted by the same command: with one process and with two it
+ends with the undisturbed run's files and scores."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def begin(ground: Path, out: Path, processes: int):
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """What was answered, and the scores without the times."""
+    """Returns the answers, and the scores without the times."""
     found = {task: (out / task / FINAL).read_bytes() for task in TASKS}
     for task in TASKS:
         result = json.loads((out / task / "result.json").read_text())
@@ -41,7 +41,8 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def answered(out: Path) -> int:
-    """Lines in the parts. A run in progress may join a part, and so end it, between its listing and its reading."""
+    """Returns the number of lines in the parts. A running process may join a part, and so remove it, between listing
+    and reading."""
     lines = 0
     for part in out.glob(f"*/{PARTS}"):
         with contextlib.suppress(FileNotFoundError):
@@ -66,7 +67,7 @@ def test_killed_at_ten_moments(processes, ground, undisturbed, tmp_path):
         run = begin(ground, out, processes)
         killed += run.kill_when(lambda: answered(out) > wanted or finished(out), after=0.03 * dice.random())  # noqa: B023
         kept.append(answered(out))
-        if place % 3 == 2:  # a line that was cut short
+        if place % 3 == 2:  # a truncated line
             for part in out.glob(f"*/{PARTS}"):
                 part.write_bytes(part.read_bytes()[:-3])
     begin(ground, out, processes).finish()
@@ -98,7 +99,7 @@ def fail_in_the_second() -> None:
         answering.by_engine = broken
 
 
-def test_a_refusal_is_one_line_a_process(ground, tmp_path):
+def test_a_refusal_is_one_line_for_each_process(ground, tmp_path):
     (tmp_path / "out" / TASKS[0]).mkdir(parents=True)
     (tmp_path / "out" / TASKS[0] / "run.json").write_text('{"model": "another"}')
     run = start(command(ground, tmp_path / "out"), tmp_path / "out.log", 2, program=main)
@@ -127,8 +128,8 @@ def late_in_the_first() -> None:
         eval.held = held_late
 
 
-def test_a_restart_beside_another_run_drops_nothing_of_it(ground, tmp_path):
-    """The process that finds it out may be the last to get there."""
+def test_a_restart_removes_nothing_of_a_running_run(ground, tmp_path):
+    """The process that notices the other run may be the last to arrive."""
     part = tmp_path / "out" / TASKS[0] / PARTS.replace("*", "0000")
     with held(part.parent, "--out"):
         part.write_text("{}\n")
@@ -141,8 +142,9 @@ def test_a_restart_beside_another_run_drops_nothing_of_it(ground, tmp_path):
     assert "is being written by another run" in (tmp_path / "out.log").read_text()
 
 
-def test_a_process_that_fails_ends_the_run(ground, tmp_path):
-    """torchrun ends the others as soon as one has failed; here it is seen that it fails, with its reason."""
+def test_a_failing_process_ends_with_its_reason(ground, tmp_path):
+    """torchrun ends the other processes as soon as one has failed. This test checks that the process fails, with its
+    reason."""
     log = tmp_path / "out.log"
     run = start(command(ground, tmp_path / "out"), log, 2, sabotage=fail_in_the_second, program=main)
     run.ranks[1].join(60)

@@ -1,4 +1,4 @@
-"""lmms-eval's model `vica`: what needs no lmms-eval first, then the class, then its command line from end to end."""
+"""Tests lmms-eval's model `vica`: first the parts that need no lmms-eval, then the class, then its command line."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from tests.engines import picture, seeing_model
 from vica.data.conversation import get_template
 from vica.engine import Engine, Request
 from vica.integrations import lmms_eval_options
-from vica.integrations.likelihood import Candidate, log_likelihoods, row_of
+from vica.integrations.likelihood import Candidate, encode_candidate, log_likelihoods
 from vica.integrations.lmms_eval_options import (
     ImageKeys,
-    ahead,
     as_images,
     batch_limit,
     generation_options,
     grouped,
     parse_layers,
+    prefetch,
     prompt_of,
     turn_text,
 )
@@ -33,7 +33,7 @@ from vica.utils.errors import ViCAError
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ["What is this?", "Is there a star?", "How many?"]
 CHOICES = ["Yes", "No", "red circle"]
-LAYERS = [0, 1]  # not the checkpoint's
+LAYERS = [0, 1]  # other layers than the checkpoint's
 
 
 # --- model arguments ---
@@ -42,22 +42,22 @@ LAYERS = [0, 1]  # not the checkpoint's
 @pytest.mark.parametrize(
     "given", ["[0,1,7]", "[0, 1, 7]", "[0;1;7]", "0;1;7", "0 1 7", " 0, 1,7 ", [0, 1, 7], (0, 1, 7)]
 )
-def test_layers_are_taken_in_every_form_that_a_command_line_leaves_of_them(given):
+def test_layers_are_read_in_every_form_of_the_command_line(given):
     assert parse_layers(given) == [0, 1, 7]
 
 
-def test_one_layer_none_and_no_list_at_all():
+def test_one_layer_no_layer_and_no_list():
     assert parse_layers(7) == [7] and parse_layers("[7]") == [7]
     assert parse_layers("[]") == [] and parse_layers(None) is None
 
 
 @pytest.mark.parametrize("given", ["x", "", "[0,x]", "0-7", -1, 1.5, True])
-def test_what_is_no_list_of_layers_is_named(given):
+def test_a_wrong_list_of_layers_is_named(given):
     with pytest.raises(ViCAError, match="t2v_layers is .*; give layer numbers"):
         parse_layers(given)
 
 
-def test_max_batch_goes_before_lmms_evals_batch_sizes():
+def test_max_batch_overrides_lmms_evals_batch_sizes():
     assert batch_limit(1) == 1 and batch_limit("64") == 64
     assert batch_limit("auto") is None and batch_limit("auto:4") is None and batch_limit("auto", 32) == 32
     assert batch_limit(1, 2, 3) == 3
@@ -74,7 +74,7 @@ def options(**settings) -> tuple:
     return got["temperature"], got["top_p"], got["top_k"]
 
 
-def test_do_sample_decides_and_where_it_is_not_named_the_temperature():
+def test_do_sample_decides_and_without_it_the_temperature():
     assert options() == options(temperature=0, top_p=None, do_sample=False) == (0.0, 1.0, 0)
     assert options(do_sample=False, temperature=0.7, top_p=0.9) == (0.0, 1.0, 0)
     assert options(temperature=0.7, top_p=0.9, top_k=5) == (0.7, 0.9, 5)
@@ -98,8 +98,8 @@ def test_settings_that_the_engine_lacks_are_refused(name, value):
         generation_options({name: value})
 
 
-def test_unknown_settings_are_told_once(caplog):
-    lmms_eval_options.tell_ignored.cache_clear()
+def test_unknown_settings_are_warned_about_once(caplog):
+    lmms_eval_options.warn_ignored.cache_clear()
     for _ in range(3):
         generation_options(dict(image_aspect_ratio="original"))
     assert [r.message for r in caplog.records] == [
@@ -128,13 +128,13 @@ def test_questions_about_one_image_follow_each_other():
     assert grouped(["a", "b", "a", "c", "b"]) == [0, 2, 1, 4, 3]
 
 
-def test_things_made_ahead_come_in_order_and_a_failure_comes_through():
-    assert list(ahead(lambda x: 2 * x, range(50), 2)) == list(range(0, 100, 2))
+def test_prefetched_items_come_in_order_and_a_failure_is_raised():
+    assert list(prefetch(lambda x: 2 * x, range(50), 2)) == list(range(0, 100, 2))
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda x: 1 // x, [1, 0, 1], 2))
+        list(prefetch(lambda x: 1 // x, [1, 0, 1], 2))
 
 
-def test_images_are_told_apart_by_what_the_dataset_stores():
+def test_images_are_distinguished_by_their_stored_data():
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(dict(question=datasets.Value("string"), picture=datasets.Image()))
     shown = [picture(0), picture(1), picture(0)]
@@ -153,8 +153,8 @@ def test_images_are_told_apart_by_what_the_dataset_stores():
 
 
 def one_by_one(model, processor, candidate: Candidate) -> tuple[float, bool]:
-    """By a forward of its own, read off the logits of all rows."""
-    ids, start = row_of(processor, candidate)
+    """Returns a candidate's likelihood from a forward of its own, read off the logits of all positions."""
+    ids, start = encode_candidate(processor, candidate)
     pixels = torch.tensor(np.stack(processor.process_images(candidate.images))) if candidate.images else None
     logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].double().log_softmax(-1)
     steps = [(logits[i - 1], ids[i]) for i in range(start, len(ids))]
@@ -162,12 +162,13 @@ def one_by_one(model, processor, candidate: Candidate) -> tuple[float, bool]:
 
 
 def some_candidates(model, processor) -> list[Candidate]:
-    """Of several lengths and numbers of images. The model is made to say the last answer."""
+    """Returns candidates of several lengths and numbers of images. The model is changed so that it says the last
+    answer."""
     a, b = picture(1), picture(2)
     found = [Candidate(f"<image>\n{q}", f" {answer}", [a]) for q in QUESTIONS[:2] for answer in CHOICES]
     found += [Candidate("<image>\n<image>\nWhich?", "Yes", [a, b]), Candidate("No picture. Why?", "a star", [])]
     found += [Candidate("<image>\nWhat?", "", [b]), Candidate("<image>\nWhat?", "red", [b])]
-    ids, start = row_of(processor, found[-1])
+    ids, start = encode_candidate(processor, found[-1])
     assert start == len(ids) - 1  # one token
     inputs = processor.ask("What?", [b])
     before = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -192,7 +193,7 @@ def test_likelihoods_of_a_batch_are_those_of_each_candidate_alone(variant):
 def test_an_answer_is_scored_where_the_template_puts_it(conversation):
     _, processor = seeing_model()
     processor = processor.changed(conversation)
-    ids, start = row_of(processor, Candidate("<image>\nIs there a star?", " Yes"))
+    ids, start = encode_candidate(processor, Candidate("<image>\nIs there a star?", " Yes"))
     turns = [("user", "<image>\nIs there a star?"), ("assistant", "Yes")]
     template = get_template(conversation)
     assert processor.decode(ids[start:]).strip() == "Yes"
@@ -202,7 +203,7 @@ def test_an_answer_is_scored_where_the_template_puts_it(conversation):
 def test_a_question_longer_than_the_model_is_an_error():
     model, processor = seeing_model(text_config=dict(max_position_embeddings=90))
     fits, longer = Candidate("What?", "Yes"), Candidate("<image>\nWhat?", "Yes", [picture()])
-    assert len(row_of(processor, longer)[0]) < 90  # without its picture's other tokens
+    assert len(encode_candidate(processor, longer)[0]) < 90  # without its picture's other tokens
     log_likelihoods(model, processor, [fits])
     with pytest.raises(ViCAError, match=r"takes \d+ positions with its answer, the model has 90"):
         log_likelihoods(model, processor, [fits, longer])
@@ -213,7 +214,8 @@ def test_a_question_longer_than_the_model_is_an_error():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A checkpoint, and tasks on its pictures. Of the choices, every other document's answer is the likeliest."""
+    """Makes a checkpoint, and tasks on its pictures. In the choices every other document's gold answer is the
+    likeliest."""
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'vica[eval]'")
     root = tmp_path_factory.mktemp("lmms")
     model, processor = seeing_model(text_config=dict(max_position_embeddings=512))
@@ -225,7 +227,8 @@ def world(tmp_path_factory) -> Path:
 
 
 def documents() -> list[dict]:
-    """Each picture's questions apart from each other; the last has a second picture, and one has none."""
+    """Returns documents in which a picture's questions are apart from each other; the second last has two pictures, and
+    the last has none."""
     asked = [(question, [picture(i)]) for question in QUESTIONS for i in range(3)]
     asked += [("First <image> and then <image>?", [picture(0), picture(7)]), ("No picture. Why?", [])]
     return [dict(question=question, images=images) for question, images in asked]
@@ -274,7 +277,7 @@ def write_tasks(root: Path) -> None:
 
 
 def likelihoods(root: Path) -> list[list[float]]:
-    """Of each choice, for each document: the plain model's."""
+    """Returns the plain model's likelihood of each choice, for each document."""
     model, processor = vica.load(root / "model", t2v_layers=LAYERS)
     with torch.no_grad():
         return [
@@ -287,7 +290,7 @@ def likelihoods(root: Path) -> list[list[float]]:
 
 
 def write_entry_point(site: Path) -> None:
-    """What installing the package leaves for others to find, from pyproject.toml."""
+    """Writes the files that an installation of the package leaves for other programs, from pyproject.toml."""
     tomllib = pytest.importorskip("tomllib")
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     info = site / "vica-0.dist-info"
@@ -298,7 +301,7 @@ def write_entry_point(site: Path) -> None:
 
 
 def engine_answers(root: Path, **options) -> list[str]:
-    """vica's own, asked as its users ask."""
+    """Returns the answers of vica's engine, called as its users do."""
     engine = Engine(*vica.load(root / "model", t2v_layers=LAYERS))
     template = get_template(engine.processor.conversation)
     requests = []
@@ -312,7 +315,7 @@ def engine_answers(root: Path, **options) -> list[str]:
 
 @pytest.fixture
 def adapter(world):
-    """`adapter(more)`: the class as lmms-eval makes it of its command line, with one task at hand."""
+    """Returns `make(more)`, which makes the class as lmms-eval does from its command line, with one task loaded."""
     from vica.integrations.lmms_eval import ViCA
 
     def make(more: str = "", batch_size="3"):
@@ -325,7 +328,7 @@ def adapter(world):
 
 
 def instances(settings, kind="generate_until") -> list:
-    """lmms-eval's requests for all documents; `settings` may be made of each."""
+    """Returns lmms-eval's requests for all documents; `settings` may be a function of the document."""
     from lmms_eval.api.instance import Instance
 
     found = []
@@ -374,7 +377,7 @@ def test_one_bad_question_fails_the_run_or_counts_as_an_empty_answer(world, adap
     assert got == [*want[:4], "", *want[5:]]
 
 
-def test_what_it_cannot_do_is_said(adapter):
+def test_unsupported_requests_are_errors(adapter):
     lm = adapter()
     with pytest.raises(ViCAError, match="num_beams=4"):
         lm.generate_until(instances(dict(num_beams=4)))
@@ -398,12 +401,12 @@ def test_sampling_follows_the_seed_of_lmms_eval_and_repeats_differ(adapter):
     assert len(set(first)) == 4
 
 
-def test_likelihoods_are_of_the_sign_that_each_kind_of_task_wants(world, adapter):
+def test_likelihoods_have_the_sign_of_each_kind_of_task(world, adapter):
     lm = adapter()
     want = [values[0] for values in likelihoods(world)]
     lm.generate_until(instances(dict(max_new_tokens=2)))  # with an engine on the same weights before and after
     chosen = [x.text for x in lm.loglikelihood(instances(" Yes", "loglikelihood"))]
-    assert lm._engine is None  # it holds nearly all of a card's memory
+    assert lm._engine is None  # it would occupy nearly all of a card's memory
     assert [x for x, _ in chosen] == pytest.approx([-x for x in want], abs=1e-4)
     scored = [x.text for x in lm.loglikelihood(instances(lambda x: lambda document: "Yes", "loglikelihood"))]
     assert [x for x, _ in scored] == pytest.approx(want, abs=1e-4)
@@ -415,11 +418,11 @@ def test_likelihoods_are_of_the_sign_that_each_kind_of_task_wants(world, adapter
 def test_each_process_takes_its_own_card(adapter, monkeypatch):
     lm = adapter()
     assert (lm.rank, lm.world_size, lm.device, lm.batch_size) == (0, 1, torch.device("cpu"), 3)
-    assert lm._own(None) is None and lm._own("cuda:1") == "cuda:1"
+    assert lm._own_device(None) is None and lm._own_device("cuda:1") == "cuda:1"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     lm._world_size, lm.accelerator = 2, SimpleNamespace(local_process_index=1)
-    assert lm._own(None) == lm._own("cuda") == "cuda:1"
-    assert lm._own("cpu") == "cpu"
+    assert lm._own_device(None) == lm._own_device("cuda") == "cuda:1"
+    assert lm._own_device("cpu") == "cpu"
 
 
 def test_the_template_and_layers_of_the_arguments_are_used(adapter, monkeypatch):
@@ -453,14 +456,15 @@ def samples(world: Path, out: str, task: str) -> list[dict]:
 
 
 def check_samples(world: Path, out: str) -> None:
-    """The log holds the engine's answers to two tasks, and accuracies by the plain model's likelihoods."""
+    """Checks that the log holds the engine's answers to two tasks, and accuracies from the plain model's
+    likelihoods."""
     for task, options in (("says", dict(max_new_tokens=8)), ("stops", dict(max_new_tokens=20, stop=["e", "o"]))):
         logged = [x["filtered_resps"] for x in samples(world, out, f"toy_{task}")]
         assert logged == engine_answers(world, **options)
     logged = samples(world, out, "toy_choice")
     for sample, want in zip(logged, likelihoods(world), strict=True):
         assert [float(x) for x, _ in sample["filtered_resps"]] == pytest.approx([-x for x in want], abs=1e-4)
-        assert sample["acc"] == sample["doc_id"] % 2  # as the gold answers were laid out
+        assert sample["acc"] == sample["doc_id"] % 2  # as write_tasks placed the gold answers
     (file,) = (world / out).glob("*/*_results.json")
     accuracy = json.loads(file.read_text())["results"]["toy_choice"]["acc,none"]
     assert accuracy == pytest.approx(5 / 11)
@@ -475,7 +479,7 @@ def test_the_command_logs_the_engines_own_answers(world):
     model, processor = vica.load(world / "model")
     stored = Engine(model, processor).generate([Request.ask(x["question"], x["images"], max_new_tokens=8)
                                                 for x in documents()[:9]])  # fmt: skip
-    assert changed[:9] != [x.text.strip() for x in stored]  # the layers that were named made a difference
+    assert changed[:9] != [x.text.strip() for x in stored]  # the named layers made a difference
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""MME: its files in both layouts, its prompts, its sums."""
+"""Tests MME: its files in both folder structures, its prompts, its sums."""
 
 import shutil
 
@@ -6,15 +6,15 @@ import pytest
 
 from tests.eval_files import (
     SHORT,
+    error_of,
     names_what_is_missing,
     refuses_wrong_answers,
-    told,
     without_pictures,
     write,
     write_lines,
 )
 from tests.hub import local_hub, picture
-from vica.eval.mme import TASK, reading
+from vica.eval.mme import TASK, yes_or_no
 from vica.eval.task import Question
 
 PICTURES = {  # by LLaVA's name: question and answer
@@ -39,7 +39,7 @@ def folder(tmp_path):
         category, file = name.split("/")[0], name.split("/")[-1]
         apart = "images" in name
         write(root / name, "")
-        # The release has two blanks before some of its "Please".
+        # The release has two spaces before some of its "Please".
         lines = [f"{text}{'  ' if category == 'color' else ' '}Please answer yes or no.\t{a}\n" for text, a in asked]
         text = root / category / ("questions_answers_YN" if apart else "") / file
         write(text.with_suffix(".txt"), "".join(lines))
@@ -60,8 +60,8 @@ def test_files(folder):
 
 
 @pytest.mark.parametrize("category", ["posters", "color"])
-def test_other_layout(folder, category):
-    """Releases differ in which categories keep pictures and texts apart; LLaVA's file names one layout."""
+def test_other_folder_structure(folder, category):
+    """Releases differ in the categories that keep pictures and texts apart; LLaVA's file fits one of them."""
     before = TASK.read(folder, "test")
     held = folder / "MME_Benchmark_release_version" / category
     if category == "posters":
@@ -110,14 +110,14 @@ def test_wrong_files(folder):
     path = folder / "llava_mme.jsonl"
     whole = path.read_text()
     path.write_text(whole.replace("c++", "rust"))
-    assert "Is a rust code shown?" in told(lambda: TASK.read(folder, "test"))
+    assert "Is a rust code shown?" in error_of(lambda: TASK.read(folder, "test"))
     path.write_text("".join(whole.splitlines(keepends=True)[1:]))
-    assert "not of code_reasoning/0020.png" in told(lambda: TASK.read(folder, "test"))
+    assert "not of code_reasoning/0020.png" in error_of(lambda: TASK.read(folder, "test"))
     path.write_text(whole.replace('"category": "color"', '"category": "colour"'))
-    assert "no category 'colour'" in told(lambda: TASK.read(folder, "test"))
+    assert "no category 'colour'" in error_of(lambda: TASK.read(folder, "test"))
     path.write_text(whole)
     write(folder / "MME_Benchmark_release_version" / "color" / "000000012120.txt", "Is there a red coat? Yes\n")
-    assert "not a question, a tab and an answer" in told(lambda: TASK.read(folder, "test"))
+    assert "not a question, a tab and an answer" in error_of(lambda: TASK.read(folder, "test"))
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_wrong_files(folder):
         ("yes " * 5000, "yes"),
     ],
 )
-def test_reading(answer, word):
-    assert reading(answer) == word
+def test_answers_are_read_as_yes_no_or_other(answer, word):
+    assert yes_or_no(answer) == word
 
 
 def test_sums():
-    """existence: one picture of two wholly right, 3 answers of 4. count: nothing readable. code: all right."""
+    """existence: one picture of two wholly right, 3 answers of 4. count: no readable answer. code: all right."""
 
     def questions(category, pictures):
         return [

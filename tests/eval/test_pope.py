@@ -1,8 +1,15 @@
-"""POPE: its files, its prompts, its figures."""
+"""Tests POPE: its files, its prompts, its figures."""
 
 import pytest
 
-from tests.eval_files import SHORT, names_what_is_missing, refuses_wrong_answers, told, without_pictures, write_lines
+from tests.eval_files import (
+    SHORT,
+    error_of,
+    names_what_is_missing,
+    refuses_wrong_answers,
+    without_pictures,
+    write_lines,
+)
 from tests.hub import local_hub, picture
 from vica.eval.pope import TASK, says_no
 from vica.eval.task import Question
@@ -14,7 +21,8 @@ FIRST = dict(adversarial=0, random=10_000_000, popular=20_000_000)
 
 @pytest.fixture
 def folder(tmp_path):
-    """As LLaVA and POPE publish them; the labels are the newer files', with their better English."""
+    """Writes the files as LLaVA and POPE publish them; the labels are the newer files', with their corrected
+    English."""
     lines = []
     for kind in ("adversarial", "popular", "random"):
         asked = [(number, *thing) for number, thing in enumerate(THINGS, 1)]
@@ -58,7 +66,7 @@ def test_files(folder):
 
 
 def test_questions_in_other_words(folder):
-    """Worlds of one's own may ask as they like."""
+    """A user's own questions may have any words."""
     for path in [folder / "llava_pope_test.jsonl", *folder.glob("coco/*")]:
         asked = path.read_text().replace("an apple", "a apple").replace("imange", "image")
         path.write_text(asked.replace("Is there", "Do you see"))
@@ -98,11 +106,11 @@ def test_files_that_do_not_belong_together(folder):
     path = folder / "llava_pope_test.jsonl"
     whole = path.read_text()
     path.write_text(whole.replace("red car", "green car"))
-    assert "asks 4, of which" in told(lambda: TASK.read(folder, "test"))
+    assert "asks 4, of which" in error_of(lambda: TASK.read(folder, "test"))
     path.write_text(whole.replace("adversarial", "hard"))
-    assert "coco_pope_hard.json" in told(lambda: TASK.read(folder, "test"))
+    assert "coco_pope_hard.json" in error_of(lambda: TASK.read(folder, "test"))
     path.write_text(whole.replace('"image"', '"picture"'))
-    assert "without question_id, image" in told(lambda: TASK.read(folder, "test"))
+    assert "without question_id, image" in error_of(lambda: TASK.read(folder, "test"))
 
 
 @pytest.mark.parametrize(
@@ -114,12 +122,12 @@ def test_files_that_do_not_belong_together(folder):
         ("There is not a dog", True),
         ("no.", True),
         ("no,", True),
-        ("NO", False),  # as the authors read it
+        ("NO", False),  # as the authors' script reads it
         ("none", False),
         ("no!", False),
         ("nothing", False),
         ("\nno", False),
-        ("Yes. No, wait", False),  # the first sentence counts
+        ("Yes. No, wait", False),  # only the first sentence counts
         ("Yes, no doubt", True),
         (". no", False),
         ("yes", False),
@@ -148,7 +156,8 @@ def test_figures():
     assert random["accuracy"] == 75
     assert random["precision"] == random["recall"] == pytest.approx(200 / 3)
     assert random["f1"] == pytest.approx(200 / 3)
-    assert random["yes_ratio"] == 37.5  # of the answers: the questions' own would be 37.5 too, hence the next
+    # the share among the answers; that among the questions would be 37.5 too, hence the next check
+    assert random["yes_ratio"] == 37.5
     assert score.figures["popular"]["yes_ratio"] == 100
     assert (score.figures["popular"]["precision"], score.figures["popular"]["recall"]) == (50, 100)
     assert score.figures["popular"]["f1"] == pytest.approx(200 / 3)

@@ -1,4 +1,5 @@
-"""The runner of vica eval: what is asked, what is kept, what is refused. Scorers have tests of their own."""
+"""Tests the runner of vica eval: which questions it asks, which answers it keeps, what it refuses. Scorers have their
+own tests."""
 
 import importlib.util
 import json
@@ -37,7 +38,7 @@ TASK = Task("small", "Small", "small", ("val",), 4, lambda *_: [], lambda *_: []
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Twelve questions on four pictures, by turns, one of them without a picture."""
+    """Returns twelve questions, on four pictures in turn; one has no picture."""
     folder = tmp_path_factory.mktemp("pictures")
     paths = []
     for n in range(4):
@@ -66,7 +67,7 @@ def instant(questions, tokens):
 
 
 def dies_after(count: int):
-    """An answerer that does not come back."""
+    """Returns an answerer that fails after `count` answers."""
 
     def answer(questions, tokens):
         for place, one in enumerate(instant(questions, tokens)):
@@ -82,7 +83,7 @@ def run(folder, questions, answer=instant, settings=None, **options):
 
 
 def test_answers_are_the_models_own(world, model, engine_answers, tmp_path):
-    """As `generate` gives them, one at a time."""
+    """Compares with `generate`, one question at a time."""
     accel, processor = model
     outcome = run(tmp_path, world, engine_answers)
     lines = [json.loads(line) for line in (tmp_path / FINAL).read_text().splitlines()]
@@ -108,12 +109,12 @@ def test_questions_on_one_picture_are_asked_together(world):
     assert max(len(Ranks(rank, 2).share(world)) for rank in range(2)) <= 7
 
 
-def test_a_run_goes_on_where_it_was_stopped(world, tmp_path):
+def test_a_run_resumes_where_it_was_stopped(world, tmp_path):
     undisturbed = run(tmp_path / "undisturbed", world)
     with pytest.raises(RuntimeError, match="power"):
         run(tmp_path / "broken", world, dies_after(5))
     part = next((tmp_path / "broken").glob("part-*"))
-    part.write_text(part.read_text() + '{"question_id": 6, "pro')  # cut short by a kill
+    part.write_text(part.read_text() + '{"question_id": 6, "pro')  # truncated by a kill
     with pytest.raises(RuntimeError, match="power"):
         run(tmp_path / "broken", world, dies_after(1))
     asked = []
@@ -134,7 +135,7 @@ def test_any_text_is_kept_and_may_be_cut_anywhere(world, tmp_path):
     assert {id: line["text"] for id, line in read_answers(tmp_path / "whole" / FINAL).items()} == answers
     assert "图像".encode() in whole
     first = whole[: whole.index(b"\n") + 1]
-    for cut in range(1, len(first) + 1):  # of the second process's part, which no process mends
+    for cut in range(1, len(first) + 1):  # of the second process's part, which the first process leaves alone
         out = tmp_path / str(cut)
         out.mkdir()
         (out / "part-0001.jsonl").write_bytes(first[:cut])
@@ -142,7 +143,7 @@ def test_any_text_is_kept_and_may_be_cut_anywhere(world, tmp_path):
         assert (out / FINAL).read_bytes() == whole
 
 
-def test_parts_of_more_processes_are_gone_on_from(world, tmp_path):
+def test_a_run_resumes_from_the_parts_of_more_processes(world, tmp_path):
     for rank in range(3):
         for question in Ranks(rank, 3).share(world)[: rank + 1]:
             AnswerFiles(tmp_path, rank).append({"question_id": question.id, "prompt": "", "text": told(question)})
@@ -164,7 +165,7 @@ def test_other_settings_do_not_mix(world, tmp_path):
 
 
 def test_a_restart_killed_midway_does_not_mix(world, tmp_path, monkeypatch):
-    """Whatever is left of the old answers is still known to be of the old settings."""
+    """Any remaining old answers are still known to belong to the old settings."""
     unlink, held = Path.unlink, 0
     for files in range(4):
         out = tmp_path / str(files)
@@ -181,7 +182,7 @@ def test_a_restart_killed_midway_does_not_mix(world, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Path, "unlink", dying)
             run(out, world, settings={"model": "other"}, restart=True)
-        assert files < 3 or not (out / "result.json").exists()  # which would tell the old score
+        assert files < 3 or not (out / "result.json").exists()  # it would show the old score
         if (out / FINAL).exists() or list(out.glob("part-*")):
             held += 1
             with pytest.raises(ViCAError, match="another run"):
@@ -190,7 +191,7 @@ def test_a_restart_killed_midway_does_not_mix(world, tmp_path, monkeypatch):
     assert held >= 2
 
 
-def test_a_restart_leaves_no_file_to_be_submitted(world, tmp_path):
+def test_a_restart_leaves_no_submission_file(world, tmp_path):
     def submit(questions, answers, folder) -> Path:
         path = folder / "answers.xlsx"
         path.write_text("of these answers")
@@ -206,7 +207,7 @@ def test_a_restart_leaves_no_file_to_be_submitted(world, tmp_path):
 
 
 class TwoMachines(Ranks):
-    """Two processes that take turns: each has its own folder, and none sees the other's files."""
+    """Two processes that run one after the other: each has its own folder, and none sees the other's files."""
 
     def wait(self) -> None:
         pass
@@ -229,7 +230,7 @@ def test_machines_without_common_files_keep_settings_apart(world, tmp_path):
     assert not list(tmp_path.glob("part-*"))
 
 
-def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):
+def test_a_broken_image_fails_only_its_questions(world, engine_answers, tmp_path):
     broken, missing = tmp_path / "broken.png", tmp_path / "missing.png"
     broken.write_bytes(b"no picture")
 
@@ -245,8 +246,8 @@ def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):
     assert outcome.score is None and set(outcome.failed) == {"a", "b", "c"}
     assert outcome.failed["c"] == "image c cannot be read: the disk is gone"
     allowed = run(tmp_path / "out", [*bad, *world], engine_answers, allow_errors=True)
-    assert allowed.asked == 3 and allowed.failed.keys() == outcome.failed.keys()  # those alone are asked again
-    assert allowed.score.figures["right"] == 2  # answered with nothing
+    assert allowed.asked == 3 and allowed.failed.keys() == outcome.failed.keys()  # only the failed ones are asked again
+    assert allowed.score.figures["right"] == 2  # counted as answered with nothing
     draw(random_scene(Random(9))).save(missing)
     answered = {"question_id": "b", "prompt": "What?", "text": "before the next kill"}
     AnswerFiles(tmp_path / "out").append(answered)
@@ -256,7 +257,7 @@ def test_a_broken_image_is_its_questions_error(world, engine_answers, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ("accel", "mask"))
-def test_a_dataset_that_breaks_is_the_error_of_its_questions(variant, model, tmp_path):
+def test_a_broken_dataset_fails_only_its_questions(variant, model, tmp_path):
     def damaged() -> bytes:
         return [][0]
 
@@ -276,7 +277,7 @@ def test_a_dataset_that_breaks_is_the_error_of_its_questions(variant, model, tmp
     assert outcome.failed[1] == "image q cannot be read: RuntimeError" and "NoneType" in outcome.failed[2]
 
 
-def test_the_bar_tells_what_was_done_before(world, tmp_path, monkeypatch, capsys):
+def test_the_progress_bar_counts_earlier_answers(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(RuntimeError, match="power"):
         run(tmp_path, world, dies_after(5))
@@ -286,7 +287,7 @@ def test_the_bar_tells_what_was_done_before(world, tmp_path, monkeypatch, capsys
     assert "| 5/12 [" in shown and "| 12/12 [" in shown
 
 
-def test_all_goes_with_names():
+def test_all_may_stand_beside_names():
     assert choose(["pope", "all"]) == choose(["all"]) == list(TASKS.values())
     assert [task.name for task in choose(["pope", "gqa", "pope"])] == ["pope", "gqa"]
     with pytest.raises(ViCAError, match="no benchmark 'popes'; there are vqav2, .*, and all of them together: all"):
@@ -303,7 +304,7 @@ def test_each_process_has_its_own_card(monkeypatch):
     assert second.device(None) is None and second.device("cuda") == "cuda"
 
 
-def test_a_failing_worker_is_the_runs_failure(world, tmp_path):
+def test_a_failing_worker_fails_the_run(world, tmp_path):
     with pytest.raises(RuntimeError, match="the power failed"):
         run(tmp_path, world, dies_after(3))
     assert not (tmp_path / FINAL).exists()
@@ -336,8 +337,9 @@ def test_mask_and_accel_answer_alike(world, model, tmp_path):
     assert (tmp_path / "mask" / FINAL).read_bytes() == (tmp_path / "accel" / FINAL).read_bytes()
 
 
-def test_the_referee_refuses_what_the_engine_refuses(model, tmp_path):
-    """A prompt that is longer than the model or no text; and an answer for which the model has too little room."""
+def test_mask_refuses_the_same_questions_as_the_engine(model, tmp_path):
+    """Uses a prompt longer than the model, one that is not text, and an answer for which the model has too little
+    room."""
     accel, processor = model
     window = accel.config.text_config.max_position_embeddings
     taken = len(processor.ask("What?")["input_ids"][0])
@@ -372,14 +374,14 @@ def test_the_summary_compares(world, model, tmp_path):
     assert ("summary.png" in {path.name for path in save(second, tmp_path / "b")}) == drawn
     table = (tmp_path / "b" / "summary.md").read_text().splitlines()
     assert len(table) == 5 and table[2].startswith("| Small | accuracy | 16.67 | 66.7% |")
-    save(first, tmp_path / "b")  # of one benchmark, of which nothing is drawn
+    save(first, tmp_path / "b")  # one benchmark alone is not plotted
     assert not (tmp_path / "b" / "summary.png").exists()
     (tmp_path / "no.json").write_text("[]")
     with pytest.raises(ViCAError, match="no summary.json"):
         read_baseline(tmp_path / "no.json", {})
 
 
-def test_a_run_goes_on_where_its_data_moved(world, tmp_path):
+def test_a_run_resumes_after_its_data_moved(world, tmp_path):
     with pytest.raises(RuntimeError, match="power"):
         run(tmp_path / "out", world, dies_after(5))
     pictures = tmp_path / "elsewhere"
@@ -393,14 +395,14 @@ def test_a_run_goes_on_where_its_data_moved(world, tmp_path):
     assert digest([world[-1]]) != digest([replace(world[-1], image=world[0].image)]) != digest(world[:1])
 
 
-def test_questions_of_one_id_are_refused_before_they_are_asked(world):
+def test_duplicate_question_ids_are_refused_at_once(world):
     task = replace(TASK, read=lambda folder, split: [*world, world[4]])
     assert len(read_questions(task, Path(), None, 12)) == 12
     with pytest.raises(ViCAError, match="1 questions share their id with another: 4"):
         read_questions(task, Path(), None, None)
 
 
-def test_what_is_asked_for_must_exist():
+def test_unknown_names_are_errors():
     with pytest.raises(ViCAError, match="small has no split 'test'; it has val"):
         read_questions(TASK, None, "test", None)
     with pytest.raises(ViCAError, match="Small has no questions in the hub"):

@@ -1,4 +1,4 @@
-"""scripts/v1_5/eval as its users run it, by one process and by several."""
+"""Tests scripts/v1_5/eval as its users run it, with one process and with several."""
 
 import contextlib
 import json
@@ -32,7 +32,8 @@ def run(name: str, ground: Path, *flags: str, **environment: str) -> subprocess.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_on_a_new_machine(name, ground, tmp_path):
-    """Nothing named: the shipped checkpoint, asked about the toy world, which is drawn if it is not there."""
+    """Without any settings the script asks the shipped checkpoint about the toy world, which it draws if it is not
+    there."""
     done = run(name, ground, "--out", str(tmp_path), CKPT="", DATA="")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
@@ -42,9 +43,9 @@ def test_on_a_new_machine(name, ground, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(ground, tmp_path):
-    """Beside another run, which has torchrun's usual port."""
+    """Runs beside another run that uses torchrun's usual port."""
     with contextlib.ExitStack() as taken:
-        with contextlib.suppress(OSError):  # somebody else has it
+        with contextlib.suppress(OSError):  # the port is taken
             taken.enter_context(socket.create_server(("", 29500)))
         done = run("mmbench_cn", ground, "--out", str(tmp_path / "two"), GPUS="2")
     assert done.returncode == 0, done.stderr
@@ -63,7 +64,7 @@ def test_layers_from_the_environment(ground, tmp_path):
     assert summary["benchmarks"][0]["questions"] == 2
 
 
-def test_a_mistake_is_one_line(ground, tmp_path):
+def test_a_mistake_is_a_one_line_error(ground, tmp_path):
     done = run("gqa", ground, "--out", str(tmp_path), DATA=str(tmp_path / "none"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "none/gqa" in done.stderr.strip().splitlines()[-1] and "is not there" in done.stderr

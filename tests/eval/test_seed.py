@@ -1,10 +1,17 @@
-"""SEED-Bench: its files, its prompts, its accuracy by type."""
+"""Tests SEED-Bench: its files, its prompts, its accuracy by type."""
 
 import json
 
 import pytest
 
-from tests.eval_files import names_what_is_missing, refuses_wrong_answers, told, without_pictures, write, write_lines
+from tests.eval_files import (
+    error_of,
+    names_what_is_missing,
+    refuses_wrong_answers,
+    without_pictures,
+    write,
+    write_lines,
+)
 from tests.hub import local_hub, picture
 from vica.eval.seed import TASK, TYPES
 from vica.eval.task import Question
@@ -47,7 +54,7 @@ def folder(tmp_path):
 
 
 def line(held):
-    """As LLaVA's file has a question."""
+    """Returns a question in the form of LLaVA's file."""
     return dict(
         question_id=int(held["question_id"]) if held["question_id"].isdigit() else held["question_id"],
         image=("SEED-Bench-image/" if held["data_type"] == "image" else "SEED-Bench-video-image/") + held["data_id"],
@@ -72,7 +79,7 @@ def test_hub(folder, monkeypatch, tmp_path):
     shades = {"1454426_2591111986": 1, "scene/v9": 2, "1.webm": 3}
     rows = [held | dict(image=[picture(shades[held["data_id"]])], segment=[]) for held in QUESTIONS]
     rows = [row | dict(question_type_id=str(row["question_type_id"])) for row in rows]
-    rows[-1]["image"] *= 8  # a video's frames
+    rows[-1]["image"] *= 8  # frames of a video
     local_hub(monkeypatch, tmp_path, {("lmms-lab/SEED-Bench", None, "test"): rows})
     questions = TASK.read_hub("test")
     assert without_pictures(questions) == without_pictures(TASK.read(folder, "test"))
@@ -82,7 +89,7 @@ def test_hub(folder, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("other", [dict(words="What is it?"), dict(data_id="another")])
 def test_two_questions_of_one_id(other, folder, monkeypatch, tmp_path):
-    """Each is asked, and has the answer and type of its own, in whatever order the two files name them."""
+    """Each is asked with its own answer and type, in any order of the two files."""
     second = published(**dict(id="101669", answer="C", type=3, data_id="1454426_2591111986") | other)
     file = json.loads((folder / "SEED-Bench.json").read_text())
     write(folder / "SEED-Bench.json", json.dumps({**file, "questions": [second, *QUESTIONS]}))
@@ -95,7 +102,7 @@ def test_two_questions_of_one_id(other, folder, monkeypatch, tmp_path):
     rows = [held | dict(image=[picture(place)], segment=[]) for place, held in enumerate([*QUESTIONS, second])]
     local_hub(monkeypatch, tmp_path, {("lmms-lab/SEED-Bench", None, "test"): rows})
     assert without_pictures(TASK.read_hub("test")) == without_pictures(questions)
-    lines.write_text(lines.read_text().replace(json.dumps(line(second)), ""))  # LLaVA's file may have but one line
+    lines.write_text(lines.read_text().replace(json.dumps(line(second)), ""))  # LLaVA's file may have only one line
     assert without_pictures(TASK.read(folder, "test")) == without_pictures(questions[:3])
 
 
@@ -108,11 +115,11 @@ def test_missing_files(folder):
 def test_files_that_do_not_belong_together(folder):
     path = folder / "llava-seed-bench.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    assert "leaves out 1 questions of SEED-Bench.json: 101669" in told(lambda: TASK.read(folder, "test"))
+    assert "leaves out 1 questions of SEED-Bench.json: 101669" in error_of(lambda: TASK.read(folder, "test"))
     write(folder / "SEED-Bench.json", '{"questions": []}')
-    assert "'question_type' is amiss" in told(lambda: TASK.read(folder, "test"))
+    assert "'question_type' is amiss" in error_of(lambda: TASK.read(folder, "test"))
     write(folder / "SEED-Bench.json", "{")
-    assert "is no JSON" in told(lambda: TASK.read(folder, "test"))
+    assert "is no JSON" in error_of(lambda: TASK.read(folder, "test"))
 
 
 def test_figures():

@@ -1,5 +1,5 @@
-"""The nine benchmarks from end to end on the toy world, which writes each in its authors' files: the scores are those
-that the world's own list of right answers gives, counted here without any reader or scorer."""
+"""Tests the nine benchmarks from end to end on the toy world, which writes each in its authors' files. The expected
+scores come from the world's own list of right answers, without any reader or scorer."""
 
 import json
 from collections import defaultdict
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 
 def truth_of(data: Path, name: str) -> list[dict]:
-    """In the order of the benchmark's file."""
+    """Returns the entries in the order of the benchmark's file."""
     entries = json.loads((data / "truth.json").read_text())[name]
     return [e for e in entries if e["group"] == "image"] if name == "sqa" else entries
 
@@ -44,7 +44,7 @@ def share(rights: list[bool]) -> Fraction:
 
 
 def points(entries: list[dict], rights: list[bool]) -> Fraction:
-    """Some wrong answers are those of a few people, and worth something."""
+    """Returns the score in percent. Some wrong answers are those of a few people and earn a share of a point."""
     also = [Fraction(str(entry.get("also", {}).get(said(entry, False), 0))) for entry in entries]
     return sum(100 * (1 if right else worth) for right, worth in zip(rights, also)) / Fraction(len(rights))
 

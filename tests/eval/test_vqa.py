@@ -1,4 +1,4 @@
-"""VQAv2 and TextVQA: prompts, files, the hub's rows, and scores against answers worked out by hand."""
+"""Tests VQAv2 and TextVQA: prompts, files, the hub's rows, and scores against answers worked out by hand."""
 
 import json
 
@@ -23,14 +23,15 @@ from vica.utils.errors import ViCAError
         ("somebody'd", "somebodyd", "somebodyd"),
         ("a/b", "b", "b"),  # the slash becomes a space, and a is an article
         ("x-y", "x y", "x y"),
-        ("x -y z-w", "x y zw", "x y zw"),  # touches a space once: goes without trace everywhere
-        ("1,000-2", "10002", "1000 2"),  # VQAv2: a comma between digits makes all marks go; TextVQA has dropped it
+        ("x -y z-w", "x y zw", "x y zw"),  # it touches a space once, so it goes without trace everywhere
+        # VQAv2: a comma between digits removes all marks; TextVQA has dropped the comma
+        ("1,000-2", "10002", "1000 2"),
         ("1,,2", "1 2", "12"),
         ("what?now", "what now", "whatnow"),
         ("man's hat", "man's hat", "man 's hat"),
         ("3.5 ft.", "3.5 ft", "3.5 ft"),
         (".5 5.", ".5 5", ".5 5"),
-        ("a.b." * 20, "ab" * 16 + "a.b." * 4, "ab" * 16 + "a.b." * 4),  # 32 periods go, no more
+        ("a.b." * 20, "ab" * 16 + "a.b." * 4, "ab" * 16 + "a.b." * 4),  # only 32 periods go
         ("3.\u0662", "3\u0662", "3.\u0662"),  # an Arabic digit
         ("你好。", "你好。", "你好。"),
         ("one\ntwo\tthree", "1 2 3", "1 2 3"),
@@ -38,20 +39,20 @@ from vica.utils.errors import ViCAError
         ("?!", "", ""),
     ],
 )
-def test_what_counts_as_the_same_answer(answer, vqav2s, textvqas):
+def test_answers_that_count_as_equal(answer, vqav2s, textvqas):
     assert vqa_answer(answer) == vqav2s
     assert evalai_answer(answer) == textvqas
 
 
 @pytest.mark.parametrize("agree, worth", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_ten_people_one_left_out(agree, worth):
-    """With n people agreeing: n of ten times n - 1 others do, the other times n, and three are enough."""
+    """With n people who agree: in n of ten cases n - 1 others do, else n, and three are enough."""
     people = ["x"] * agree + [f"other {n}" for n in range(10 - agree)]
     assert soft_accuracy("x", people) == pytest.approx(worth, abs=1e-12)
 
 
-def test_where_the_two_differ():
-    assert vqa_accuracy("Yes", ["yes"] * 10) == 0  # all agree: compared as written
+def test_the_two_benchmarks_differ():
+    assert vqa_accuracy("Yes", ["yes"] * 10) == 0  # all agree, so it is compared as written
     assert vqa_accuracy(" yes\tsir\n", ["yes sir"] * 10) == 1
     assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1
     assert textvqa_accuracy("Yes", ["yes"] * 10) == 1
@@ -170,7 +171,8 @@ def test_vqav2_lost_files(tmp_path, monkeypatch):
     with pytest.raises(ViCAError, match=f"{vqav2.WHOLE_TEST} is not there. It is in LLaVA's eval.zip"):
         vqav2.TASK.read(tmp_path, "test-dev")
     monkeypatch.setattr(vqav2, "HUB_FOLDER", tmp_path)
-    with pytest.raises(ViCAError, match=f"{vqav2.WHOLE_TEST} is not there"):  # before the hub is asked for gigabytes
+    # before gigabytes are downloaded from the hub
+    with pytest.raises(ViCAError, match=f"{vqav2.WHOLE_TEST} is not there"):
         vqav2.TASK.read_hub("test-dev")
     for folder, split, pictures in ((val_folder, "val", "val2014"), (dev_folder, "test-dev", "test2015")):
         (folder(tmp_path) / pictures).rmdir()
@@ -216,7 +218,7 @@ def test_textvqa(tmp_path):
 
 
 def test_textvqa_scores_an_answer_for_each_person(tmp_path):
-    """The mean over people is over as many as there are."""
+    """The mean is over as many people as there are."""
     question = Question(1, "", None, {"answers": ["a b", "x", "x"]})
     assert textvqa.TASK.score([question], {1: "x"}).value == pytest.approx(100 * (2 / 3 + 1 / 3 + 1 / 3) / 3)
 

@@ -1,5 +1,5 @@
-"""The toy world as nine benchmarks: files as their authors' are, answers as the pictures show. The files are read here
-in the plainest way, by nothing of the package."""
+"""Tests the toy world as nine benchmarks: file formats as the authors publish them, and answers as the pictures show
+them. The tests read the files in the plainest way, with no code of the package."""
 
 import base64
 import csv
@@ -26,7 +26,7 @@ NINE = {"vqav2", "gqa", "mme", "mmbench", "mmbench_cn", "pope", "seed", "sqa", "
 MME = "MME/MME_Benchmark_release_version"
 MME_FLAT = {"existence", "count", "position", "color", "OCR", "commonsense_reasoning"}
 MME_APART = {"scene", "artwork"}
-QUESTION_FILES = {  # LLaVA's, with the folder of the images that they name
+QUESTION_FILES = {  # LLaVA's question files, with the folder of the images that they name
     "vqav2/llava_vqav2_mscoco_test2015.jsonl": "vqav2/test2015",
     "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl": "vqav2/test2015",
     "gqa/llava_gqa_testdev_balanced.jsonl": "gqa/data/images",
@@ -74,7 +74,7 @@ def folder(written):
 
 @pytest.fixture(scope="module")
 def drawn(written):
-    """All scenes of the folder, by the bytes of their pictures."""
+    """Returns all scenes of the folder, by the bytes of their pictures."""
     return written[1]
 
 
@@ -111,7 +111,7 @@ def is_picture(path: Path) -> bool:
     return path.suffix in (".jpg", ".png") or path.parent.name == "SEED-Bench-image"
 
 
-def test_nothing_but_the_nine_and_the_truth(folder, truth):
+def test_the_folder_holds_nine_benchmarks_and_the_truth(folder, truth):
     assert {p.name for p in folder.iterdir()} == {
         "vqav2", "gqa", "MME", "mmbench", "mmbench_cn", "pope", "seed_bench", "scienceqa", "textvqa", "truth.json"
     }  # fmt: skip
@@ -124,7 +124,7 @@ def test_nothing_but_the_nine_and_the_truth(folder, truth):
         assert asked.keys() - {"means", "also"} == {"id", "image", "question", "answer", "group"}
 
 
-def test_a_seed_is_one_folder(folder, tmp_path):
+def test_a_seed_gives_one_folder(folder, tmp_path):
     command = [sys.executable, "-m", "vica.toy.benchmarks", "--out", str(tmp_path / "again"), "--seed", "5"]
     done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "pope 72" in done.stdout, done.stderr
@@ -155,7 +155,7 @@ def test_every_picture_is_asked_about_and_opens(folder, truth):
             assert Image.open(io.BytesIO(base64.b64decode(row["image"], validate=True))).format == "JPEG"
 
 
-def test_truth_is_what_the_pictures_show(folder, truth, drawn):
+def test_the_truth_matches_the_pictures(folder, truth, drawn):
     kinds = Counter()
     for name in truth:
         for asked in truth[name]:
@@ -179,7 +179,7 @@ def test_colours_survive_jpeg(drawn):
 
 
 def test_llavas_questions(folder, truth):
-    """Their words, the official sentence after them, and the official keys."""
+    """Checks the questions' words, the official sentence after them, and the official keys."""
     names = ("vqav2_test", None, "gqa", "mme", "pope", "seed", "textvqa")
     for (file, images), name in zip(QUESTION_FILES.items(), names):
         records = lines(folder / file)
@@ -223,7 +223,7 @@ def test_vqav2(folder, truth):
 
 
 def check_votes(answers: list[str], right: dict) -> None:
-    """VQA's rule by hand: of each nine people, as many as three must agree for a point."""
+    """Computes VQA's rule by hand: in each group of nine people, three must agree for a whole point."""
     worth = {}
     for answer in set(answers):
         nines = [answers[:left_out] + answers[left_out + 1 :] for left_out in range(10)]

@@ -1,4 +1,4 @@
-"""The recipe in small, beside its world: what training starts from, the score of a model, the table of the runs."""
+"""Tests the recipe in small, beside its world: the base models, the score of a model, and the table of the runs."""
 
 import json
 import random
@@ -32,7 +32,7 @@ STEPS = ["--tower-steps", "2", "--language-steps", "2", "--pictures", "8", "--ba
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A world, and beside it what training starts from."""
+    """Makes a world, and beside it the base models of training."""
     root = tmp_path_factory.mktemp("recipe")
     write(root / "world", 24, 4, seed=5)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def root(tmp_path_factory):
 # --- the base -----------------------------------------------------------------------------------------------------
 
 
-def test_the_base_is_what_transformers_reads(root):
+def test_transformers_reads_the_base(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "llm")
     language, of_language = LlamaForCausalLM.from_pretrained(root / "llm", output_loading_info=True)
     seeing, of_tower = CLIPVisionModel.from_pretrained(root / "tower", output_loading_info=True)
@@ -61,7 +61,7 @@ def test_the_base_is_what_transformers_reads(root):
         assert torch.isfinite(language(**tokenizer(text, return_tensors="pt")).logits).all()
 
 
-def test_training_goes_on_from_the_base(root, tmp_path):
+def test_training_starts_from_the_base(root, tmp_path):
     assert train(arguments(root, tmp_path / "out", max_steps=1)) == 0
     model, processor = vica.load(tmp_path / "out", device="cpu")
     assert (model.config.text_config.num_hidden_layers, processor.image_processor.crop_size["height"]) == (12, 112)
@@ -92,9 +92,9 @@ def test_families_are_twins_with_their_captions(monkeypatch):
     assert captions == sum((said for _, said in alone), [])
 
 
-def test_what_the_tower_learns_from(root, monkeypatch):
-    """Families of pictures as the saved image processor gives them, each with its own caption; of a batch that is no
-    more than a group all are compared."""
+def test_the_tower_sees_families_with_their_captions(root, monkeypatch):
+    """Checks that families of pictures come as the saved image processor gives them, each with its own caption, and
+    that all of a batch are compared if it is no larger than a group."""
     seen = {}
 
     def likeness(model, ids, pixels, pad):
@@ -119,7 +119,7 @@ def test_what_the_tower_learns_from(root, monkeypatch):
         assert read == [f"<s>{captions[place]}" for place in places]
 
 
-def test_a_word_is_as_like_a_picture_as_its_best_patch(root):
+def test_a_words_similarity_is_that_of_its_best_patch(root):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(root / "llm")
     model, (pictures, captions) = tower.build(tokenizer).eval(), tower.draw_families(2, 0)
@@ -141,7 +141,7 @@ def test_a_word_is_as_like_a_picture_as_its_best_patch(root):
     assert tower.pairing_loss(torch.stack([mixed, mixed])).item() == pytest.approx(both.item(), abs=1e-5)
 
 
-def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
+def test_an_existing_part_is_kept(root, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "SCENES", 30)
     out = tmp_path / "base"
     assert base.main(["--out", str(out), *STEPS, *CPU, "--only", "llm"]) == 0
@@ -149,7 +149,7 @@ def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
     made = (out / "llm/model.safetensors").stat().st_mtime_ns
     assert base.main(["--out", str(out), *STEPS, *CPU]) == 0
     assert (out / "llm/model.safetensors").stat().st_mtime_ns == made
-    for name in ("llm", "tower"):  # in whatever order, by one command or two
+    for name in ("llm", "tower"):  # in any order, by one command or two
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, root))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -160,8 +160,9 @@ def test_a_part_that_is_there_is_kept(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, fails", [("agree in each", "linear"), ("agree across", "linear"), ("sign of the first", "set")]
 )
-def test_networks_read_what_their_names_say(name, fails):
-    """Patches of signs: whether a patch's two agree, or two patches', or what the first one's is."""
+def test_each_network_reads_only_its_kind_of_relation(name, fails):
+    """Uses patches of signs, and asks whether the two of a patch agree, whether two patches agree, or for the first
+    one's sign."""
     signs = torch.randint(2, (2, 4000, 2), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
     both = signs[:, :, None].expand(-1, -1, 4, -1)
     seen = both if name == "agree in each" else signs.repeat(1, 1, 2)[..., None]  # one, other, one, other
@@ -171,7 +172,7 @@ def test_networks_read_what_their_names_say(name, fails):
 
 
 def test_the_four_patches_are_those_of_the_thing(root):
-    """Told by a tower whose patches see nothing but themselves."""
+    """Uses a tower whose patches see only themselves."""
     model = CLIPVisionModel.from_pretrained(root / "tower").eval()
     for name, parameter in model.named_parameters():
         if ".out_proj." in name:
@@ -183,8 +184,8 @@ def test_the_four_patches_are_those_of_the_thing(root):
     assert patches.right(patches.NETWORKS["together"], seen[:half], labels[:half], seen[half:], labels[half:], 7) > 90
 
 
-def test_patches_are_those_that_the_decoder_is_given(root):
-    """Of LLaVA's layer: the first thing of the first scene, as the model's own tower gives them."""
+def test_patches_are_the_decoders_inputs(root):
+    """Compares the first thing of the first scene with the model's own tower at LLaVA's layer."""
     model, things = CLIPVisionModel.from_pretrained(root / "tower").eval(), random_scene(random.Random("a")).things
     pixels = CLIPImageProcessorPil.from_pretrained(root / "tower")(
         draw(random_scene(random.Random("a"))), return_tensors="pt"
@@ -197,7 +198,7 @@ def test_patches_are_those_that_the_decoder_is_given(root):
     assert_close(seen[0], states[patches.four(things[0])], 1e-6)
 
 
-def test_patches_are_told_of_from_the_command_line(root, monkeypatch, capsys):
+def test_patches_from_the_command_line(root, monkeypatch, capsys):
     monkeypatch.setattr(patches, "STEPS", 2)
     assert patches.main([str(root / "tower"), "--pictures", "12", *CPU]) == 0
     heading, _, *rows = capsys.readouterr().out.splitlines()
@@ -208,7 +209,7 @@ def test_patches_are_told_of_from_the_command_line(root, monkeypatch, capsys):
 # --- the layers ---------------------------------------------------------------------------------------------------
 
 
-def test_what_follows_a_caption_sees_it_only_in_layers_that_read(root):
+def test_text_after_a_caption_sees_it_only_in_reading_layers(root):
     tokenizer, plain = AutoTokenizer.from_pretrained(root / "llm"), LlamaForCausalLM.from_pretrained(root / "llm")
     reader = layers.Reader(plain.eval(), tokenizer, range(6))
     asked, own = [layers.prepare(tokenizer, number) for number in range(6)], []
@@ -223,7 +224,7 @@ def test_what_follows_a_caption_sees_it_only_in_layers_that_read(root):
     assert abs(reader((3,)).likelihood - before[(3,)]) > 1e-5
 
 
-def test_a_caption_is_what_is_taken_for_one(root):
+def test_the_caption_mask_covers_the_caption(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "llm")
     for number in range(20):
         ids, answer, told = layers.prepare(tokenizer, number)
@@ -264,12 +265,12 @@ def test_layers_from_the_command_line(root, capsys):
         (patches, "tower", ["--pictures", "0"], "--pictures is 0; it must be 1 at least"),
     ],
 )
-def test_what_cannot_be_told_of(program, part, flags, told, root, capsys):
+def test_wrong_folders_and_counts_are_errors(program, part, flags, told, root, capsys):
     assert program.main([str(root / part), *flags, *CPU]) == 1
     assert capsys.readouterr().err == f"{program.__name__}: {told.format(folder=root / part)}\n"
 
 
-def test_what_is_there_is_kept_and_told(root, capsys):
+def test_existing_parts_are_kept_and_reported(root, capsys):
     before = (root / "tower/model.safetensors").read_bytes()
     assert base.main(["--out", str(root), "--only", "tower", "--seed", "5", *STEPS, *CPU]) == 0
     assert capsys.readouterr().out == f"{root / 'tower'} is there already\n"
@@ -297,7 +298,7 @@ def test_learning(capsys):
         ("--device", "tpu", "device is 'tpu'"),
     ],
 )
-def test_mistakes_of_the_base_are_told_at_once(tmp_path, capsys, monkeypatch, option, value, told):
+def test_mistakes_of_the_base_are_reported_at_once(tmp_path, capsys, monkeypatch, option, value, told):
     monkeypatch.setattr(base, "language", lambda *_: pytest.fail("begun"))
     assert base.main(["--out", str(tmp_path / "base"), option, str(value)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -309,7 +310,7 @@ def test_mistakes_of_the_base_are_told_at_once(tmp_path, capsys, monkeypatch, op
 
 @pytest.fixture(scope="module")
 def asked(root, tmp_path_factory):
-    """A model, and a world of whose questions it answers two in three as the world would have it."""
+    """Makes a model, and a world that accepts two in three of its answers as right."""
     folder = tmp_path_factory.mktemp("asked")
     model, processor = seeing_model()
     model.save_pretrained(folder / "model")
@@ -341,7 +342,7 @@ def test_right_answers_are_counted_by_kind(asked, tmp_path, capsys, limit):
     assert shown == {kind: [right, of, f"{100 * right / of:.1f}"] for kind, (right, of) in counts.items()}
 
 
-def test_a_question_that_cannot_be_asked_stops_the_score(asked, tmp_path, capsys):
+def test_an_unreadable_picture_stops_the_score(asked, tmp_path, capsys):
     questions = read_questions(asked / "test.jsonl")
     questions[3]["image"] = "test/nowhere.png"
     for name in ("model", "images"):
@@ -361,13 +362,13 @@ def test_a_question_that_cannot_be_asked_stops_the_score(asked, tmp_path, capsys
         (["--limit", "1", "--json", "no/folder/score.json"], "no/folder/score.json"),
     ],
 )
-def test_flags_that_cannot_be_followed(asked, capsys, options, told):
+def test_wrong_flags_are_errors(asked, capsys, options, told):
     assert score(asked, *options) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("scripts.toy.evaluate: ") and told in line
 
 
-def test_a_world_that_is_not_there(asked, tmp_path, capsys):
+def test_a_missing_world_is_an_error(asked, tmp_path, capsys):
     (tmp_path / "model").symlink_to(asked / "model")
     assert score(tmp_path) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -376,7 +377,7 @@ def test_a_world_that_is_not_there(asked, tmp_path, capsys):
 
 # --- the claim ----------------------------------------------------------------------------------------------------
 
-# Name and seed, layers, right answers of 10 and of 30, seconds.
+# Name and seed, layers, right answers out of 10 and out of 30, seconds.
 RUNS = [
     ("dense-0", [], (6, 18), 100.0),
     ("dense-1", [], (8, 24), 201.0),
@@ -384,8 +385,8 @@ RUNS = [
     ("vica-1", [1], (6, 21), 24.0),
     ("blind-0", [], (1, 9), 9.6),
 ]
-# 4 visual tokens. Linear maps of a layer for each: keys and values 128 FLOPs, queries and output 256, the rest 768; the
-# attention of a dense layer: 10 pairs of 32. So dense is 4 x 4928, one T2V layer 512, which is 2.6%.
+# 4 visual tokens. FLOPs of a layer's linear maps for each: keys and values 128, queries and output 256, the rest 768;
+# the attention of a dense layer: 10 pairs of 32. So dense is 4 x 4928, one T2V layer 512, which is 2.6%.
 TABLE = """\
 | % | dense | vica | blind |
 | --- | --- | --- | --- |
@@ -410,7 +411,8 @@ def runs(tmp_path):
             t2v_layers=reading,
         )
         config.save_pretrained(tmp_path / name / "model")
-        # Stopped after two steps, which took a quarter of the time, and gone on; the last entry tells of the rest only.
+        # A run stopped after two steps, which took a quarter of the time, and resumed; the last entry covers only the
+        # rest.
         history = [
             dict(loss=2.5, step=2, samples_per_s=2 * 16 / (seconds / 4)),
             dict(loss=0.5, step=8, samples_per_s=6 * 16 / (seconds * 3 / 4)),
@@ -449,7 +451,7 @@ def test_the_claims_files(runs, tmp_path, capsys):
         ("dense-0/model/config.json", "dense-0/model holds no config.json"),
     ],
 )
-def test_runs_that_are_missing_are_told(runs, tmp_path, capsys, missing, told):
+def test_missing_runs_are_named(runs, tmp_path, capsys, missing, told):
     if missing:
         (runs / missing).unlink()
     assert claim.main([str(runs if missing else runs / "nowhere"), "--out", str(tmp_path / "claim")]) == 1
@@ -458,7 +460,7 @@ def test_runs_that_are_missing_are_told(runs, tmp_path, capsys, missing, told):
 
 
 @pytest.mark.parametrize("name", ["old", "vica-old", "-0"])
-def test_a_folder_that_is_no_run_is_told(runs, tmp_path, capsys, name):
+def test_a_folder_that_is_no_run_is_named(runs, tmp_path, capsys, name):
     (runs / "vica-1").rename(runs / name)
     assert claim.main([str(runs), "--out", str(tmp_path / "claim")]) == 1
     (line,) = capsys.readouterr().err.splitlines()

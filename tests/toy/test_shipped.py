@@ -1,5 +1,5 @@
-"""The trained toy checkpoints that the repository holds, on the nine benchmarks: mask and accel are one function to the
-last answer, and every score is what the world's own list of right answers gives."""
+"""Tests the trained toy checkpoints of the repository on the nine benchmarks: mask and accel agree in every answer, and
+every score follows from the world's own list of right answers."""
 
 import json
 from fractions import Fraction
@@ -18,7 +18,7 @@ RUNS = {"accel": "toy-vica", "mask": "toy-vica", "dense": "toy-dense"}
 
 @pytest.fixture(scope="module")
 def answered(data, tmp_path_factory):  # noqa: F811
-    """The output folder of `vica eval all` for each variant."""
+    """Returns the output folder of `vica eval all` for each variant."""
     out = tmp_path_factory.mktemp("answered")
     for variant, checkpoint in RUNS.items():
         flags = ["--data", str(data), "--variant", variant, "--dtype", "float32", "--device", "cpu"]
@@ -47,7 +47,7 @@ def test_mask_and_accel_answer_alike(name, answered):
 
 
 def test_dense_is_another_model(answered):
-    """Of most benchmarks' few questions both miss none: somewhere they differ."""
+    """Both models answer the few questions of most benchmarks without error, but somewhere they differ."""
     assert any(texts(answered / "dense" / name) != texts(answered / "mask" / name) for name in TASKS)
 
 

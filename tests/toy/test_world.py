@@ -1,4 +1,4 @@
-"""The toy world: pictures say what the answers say, a blind guesser learns nothing, files are LLaVA's."""
+"""Tests the toy world: pictures show the answers, blind guesses are at chance, and files are LLaVA's."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from scripts.toy.language import language
 from scripts.toy.twins import twins
 from vica.toy import letters, world, write
 from vica.toy.captions import caption
-from vica.toy.questions import CHINESE, LETTER, LETTER_CHINESE, SHORT, ask
+from vica.toy.questions import CHINESE, OPTION_LETTER, OPTION_LETTER_CHINESE, SHORT_ANSWER, questions_about
 from vica.toy.score import read_questions, score
 from vica.toy.world import COLOURS, GROUNDS, SHAPES, SPLITS, draw, random_scene
 from vica.utils.errors import ViCAError
@@ -49,7 +49,7 @@ CLAIMS = {
 
 
 class Eyes:
-    """What is to be seen in a picture: its blobs of one colour. Only what shape they have is told by the scene."""
+    """Sees a picture as blobs of one colour each. It takes only their shapes from the scene."""
 
     def __init__(self, scene, picture):
         self.pixels = np.asarray(picture).astype(int)
@@ -71,7 +71,7 @@ class Eyes:
         return thing
 
     def beside(self, relation: str, other: dict) -> list[dict]:
-        """Nearer than 8 pixels would be a matter of opinion."""
+        """Returns the things on one side of another. A distance under 8 pixels is too small to decide."""
         axis, sign = RELATIONS[relation]
         return [t for t in self.things if sign * (t["at"][axis] - other["at"][axis]) > 8]
 
@@ -130,7 +130,7 @@ class Eyes:
 
 
 def blobs(ink: np.ndarray) -> list[np.ndarray]:
-    """The connected parts, as points (x, y) each."""
+    """Returns the connected parts as arrays of points (x, y)."""
     left, parts = set(zip(*np.nonzero(ink.T))), []
     while left:
         part, edge = [], [left.pop()]
@@ -169,27 +169,28 @@ def drawn(split: str, count: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_answers_are_what_the_picture_shows(split):
+def test_pictures_show_the_answers(split):
     kinds = Counter()
     for scene, rng in drawn(split, 100):
         eyes = Eyes(scene, draw(scene))
         assert len(eyes.things) == len(scene.things)
-        for question in ask(scene, rng):
+        for question in questions_about(scene, rng):
             kinds[question.kind] += 1
             text, *options, prompt = question.text.split("\n")
             if question.kind == "choice_chinese":
-                assert prompt == LETTER_CHINESE
+                assert prompt == OPTION_LETTER_CHINESE
                 text, options = in_english(text), [o[:3] + translated(o[3:]) for o in options]
             if not options:
-                assert prompt == SHORT and eyes.answer(text) == question.answer, question
+                assert prompt == SHORT_ANSWER and eyes.answer(text) == question.answer, question
                 continue
-            assert prompt in (LETTER, LETTER_CHINESE) and [o[:3] for o in options] == ["A. ", "B. ", "C. ", "D. "]
+            assert prompt in (OPTION_LETTER, OPTION_LETTER_CHINESE)
+            assert [o[:3] for o in options] == ["A. ", "B. ", "C. ", "D. "]
             right = [o[0] for o in options if o[3:] == eyes.answer(text)]
             assert right == [question.answer] and len({*options}) == 4, question
     assert set(kinds) == set(KINDS) and min(kinds.values()) > 20
 
 
-def test_captions_say_what_the_picture_shows():
+def test_captions_describe_the_picture():
     place = "(?:top |centre |bottom )?(?:left|centre|right)"
     for scene, rng in drawn("train", 80):
         eyes, text = Eyes(scene, draw(scene)), caption(scene, rng)
@@ -214,7 +215,7 @@ def test_chinese_names():
 
 
 def test_shapes_and_letters_look_different():
-    """By a twentieth of their ink at least, small ones too."""
+    """Each pair must differ by at least a twentieth of its ink, at small sizes too."""
     shapes = {shape: np.asarray(world._shape_mask(shape, 20)) / 255 for shape in SHAPES}
     glyphs = {letter: letters.cover(letter) / 255 for letter in letters.STROKES}
     assert set("".join(world.WORDS)) == set(glyphs)
@@ -237,15 +238,16 @@ def test_words_are_inside_the_picture_and_alone_in_their_row():
 def test_splits_share_no_combination():
     things = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     pairs = list(combinations(things, 2))
-    strangers = {pair for pair in pairs if world.hold_strangers(pair)}
-    assert 0.15 < len(strangers) / len(pairs) < 0.25 and strangers == {
-        p for p in pairs if world.hold_strangers(p[::-1])
+    test_pairs = {pair for pair in pairs if world.hold_test_pair(pair)}
+    assert 0.15 < len(test_pairs) / len(pairs) < 0.25 and test_pairs == {
+        p for p in pairs if world.hold_test_pair(p[::-1])
     }
-    assert all(5 < sum(thing in pair for pair in strangers) < 15 for thing in things)  # in both kinds of company
+    # each thing occurs in pairs of both splits
+    assert all(5 < sum(thing in pair for pair in test_pairs) < 15 for thing in things)
     for split in SPLITS:
         for scene, _ in drawn(split, 1000):
             names = sorted(((t.shape, t.colour) for t in scene.things), key=things.index)
-            assert (split == "test") == bool(strangers & set(combinations(names, 2)))
+            assert (split == "test") == bool(test_pairs & set(combinations(names, 2)))
             assert world.is_train_scene(scene) == (split == "train")
 
 
@@ -277,7 +279,7 @@ def test_twins_differ_in_one_thing_or_have_exchanged_one():
     assert min(changed.values()) > 40
 
 
-# The best constant answer's share of a kind, and that of the best answer learned for each text: no more than these.
+# Upper bounds: the best constant answer's share of a kind, and that of the best answer learned for each text.
 CONSTANT = dict.fromkeys(KINDS, 0.55) | dict(
     comparison=0.08, neighbour=0.2, colour=0.2, shape=0.2, ground=0.3, count=0.3, place=0.15, word=0.07, choice=0.3,
     choice_chinese=0.3,
@@ -289,12 +291,12 @@ LEARNED = CONSTANT | dict(comparison=0.55, neighbour=0.25)
 def test_blind_guesses_are_chance(split):
     constant, learned = defaultdict(Counter), defaultdict(Counter)
     for scene, rng in drawn("train", 8000):
-        for question in ask(scene, rng):
+        for question in questions_about(scene, rng):
             constant[question.kind][question.answer] += 1
             learned[question.text][question.answer] += 1
     right, asked, answers = Counter(), Counter(), defaultdict(Counter)
     for scene, rng in drawn(split, 4000, seed=1):
-        for question in ask(scene, rng):
+        for question in questions_about(scene, rng):
             guesses = learned.get(question.text) or constant[question.kind]
             right[question.kind] += guesses.most_common(1)[0][0] == question.answer
             asked[question.kind] += 1
@@ -312,12 +314,12 @@ def test_the_language_is_closed():
     words, said = (set(re.findall(WORD, "\n".join(language(n, seed)))) for n, seed in ((3000, 0), (500, 1)))
     assert said <= words and len(words) < 260
     said = "".join(said)
-    said += "".join(f"{q.text}{q.answer}" for scene, rng in drawn("test", 500) for q in ask(scene, rng))
+    said += "".join(f"{q.text}{q.answer}" for scene, rng in drawn("test", 500) for q in questions_about(scene, rng))
     assert not set(re.findall(r"[^\W_]", said)) - set("".join(words))
 
 
 def test_the_language_has_sentences_and_conversations():
-    """Either with and without a picture in mind."""
+    """Both occur with a picture's caption and without."""
     talks, sentences = [], []
     for text in language(200):
         (talks if "USER:" in text else sentences).append(text)
@@ -335,7 +337,7 @@ def contents(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_seed_is_a_world(folder, tmp_path):
+def test_a_seed_gives_one_world(folder, tmp_path):
     files = contents(folder)
     assert len(files) == 60 + 10 + 3 == len({*files.values()})
     command = [sys.executable, "-m", "vica.toy.write", "--folder", str(tmp_path / "again")]
@@ -380,14 +382,15 @@ def test_training_questions_have_many_forms_and_right_answers(folder):
                 eyes = Eyes(scene, picture)
             for human, gpt in zip(sample["conversations"][::2], sample["conversations"][1::2]):
                 forms.update(check_form(eyes, human["value"].removeprefix("<image>\n"), gpt["value"]))
-    options, prompts = {f"{n} options" for n in (2, 3, 4)}, {SHORT, LETTER, LETTER_CHINESE, "no prompt"}
+    options = {f"{n} options" for n in (2, 3, 4)}
+    prompts = {SHORT_ANSWER, OPTION_LETTER, OPTION_LETTER_CHINESE, "no prompt"}
     assert set(forms) == {"hint", "context", "OCR", "OCR nothing", "OCR word", "OCR parts", *options, *prompts}
 
 
 def check_form(eyes: Eyes, text: str, answer: str) -> list[str]:
-    """What a question has besides itself; all of it must be true, and the answer right."""
+    """Returns the parts of a question beside itself. All of them must be true, and the answer right."""
     lines, found = text.split("\n"), []
-    found.append(lines.pop() if lines[-1] in (SHORT, LETTER, LETTER_CHINESE) else "no prompt")
+    found.append(lines.pop() if lines[-1] in (SHORT_ANSWER, OPTION_LETTER, OPTION_LETTER_CHINESE) else "no prompt")
     options = [line for line in lines if re.match("[A-D]. ", line)]
     lines = [line for line in lines if line not in options]
     if options:

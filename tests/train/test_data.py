@@ -1,4 +1,4 @@
-"""Training data: samples, examples, batches, their order, and what is left out."""
+"""Tests training data: samples, examples, batches, their order, and the report of skipped samples."""
 
 import json
 import re
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Two pictures, and a file that is none."""
+    """Returns a folder with two pictures, and a file that is not a picture."""
     folder = tmp_path_factory.mktemp("images")
     for name, size in (("wide.png", (40, 20)), ("tall.png", (20, 40))):
         Image.linear_gradient("L").convert("RGB").resize(size).save(folder / name)
@@ -73,7 +73,7 @@ def test_json_and_lines(tmp_path, suffix):
 
 @pytest.fixture
 def tables(tmp_path, folder, monkeypatch):
-    """The same three records as parquet, and as a saved dataset with decoded images."""
+    """Returns the same three records as parquet, and as a saved dataset with decoded images."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{**record, "id": str(record["id"]), "image": [], "extra": 1} for record in RECORDS]
@@ -186,7 +186,7 @@ def test_bad_data_is_broken_and_says_why(tmp_path, folder, processor):
     assert all(length != 0 for length in data.lengths)
 
 
-def test_mistakes_that_are_no_samples_fault_raise(tmp_path, folder, processor, tokenizer):
+def test_wrong_settings_raise(tmp_path, folder, processor, tokenizer):
     samples = open_samples(write(tmp_path / "a.json", RECORDS))
     with pytest.raises(ViCAError, match="--image-folder is 'nowhere': no such folder"):
         TrainingSet(samples, processor, "nowhere")
@@ -212,7 +212,7 @@ def test_batches(tmp_path, folder, processor):
     assert "pixel_values" not in Collator(0)([items[1]])
 
 
-def test_a_batch_of_broken_samples_is_a_step_that_teaches_nothing():
+def test_a_batch_of_broken_samples_is_a_step_without_learning():
     batch = Collator(pad_id=5)([Broken("x", "why")] * 2)
     assert (batch["sample_ids"], len(batch["broken"])) == ([], 2)
     model = tiny_model()
@@ -243,13 +243,13 @@ def test_a_stream_is_dealt_to_ranks_and_workers(tmp_path, processor, monkeypatch
     assert epoch(0) == first and epoch(1) != first and first[0] != sorted(first[0], key=int)
 
 
-def test_a_stream_of_one_piece_has_work_for_one_worker(tables, processor):
+def test_a_stream_of_one_file_feeds_one_worker(tables, processor):
     data = TrainingStream(open_samples(tables / "lists [1].parquet", True), processor, buffer=0, endless=True)
     loader = iter(DataLoader(data, 2, num_workers=3, collate_fn=list))
     assert [[item.id for item in next(loader)] for _ in range(3)] == [["two", "text"], ["7", "two"], ["text", "7"]]
 
 
-def test_the_buffer_shuffles_what_passes():
+def test_the_buffer_shuffles_its_items():
     order = list(shuffled(iter(range(200)), 20, Random(0)))
     assert sorted(order) == list(range(200)) and order[:100] != sorted(order[:100])
     assert all(item < place + 21 for place, item in enumerate(order)), "drawn no further ahead than the buffer"
@@ -318,8 +318,9 @@ def test_skipped_samples_are_reported_once_and_counted_over_ranks(tmp_path):
         Skipped(file, 3)
 
 
-def test_samples_that_share_an_id_count_each(tmp_path, folder, processor):
-    """In LLaVA's mixes an id is often the image's: all that is asked about a missing one would count as one."""
+def test_samples_that_share_an_id_count_separately(tmp_path, folder, processor):
+    """Counts each sample. In LLaVA's mixes an id is often the image's: all questions about a missing one would count as
+    one."""
     records = [{**RECORDS[2], "image": "absent.png"}] * 3 + [RECORDS[1]] * 5
     data = TrainingSet(open_samples(write(tmp_path / "a.json", records)), processor, folder)
     skipped = Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data))
@@ -330,7 +331,7 @@ def test_samples_that_share_an_id_count_each(tmp_path, folder, processor):
         Skipped(tmp_path / "skipped.jsonl", 0.25, total=len(data)).add(data[2])
 
 
-def test_without_a_total_the_share_is_of_what_was_seen(tmp_path):
+def test_without_a_total_the_share_is_of_the_samples_seen(tmp_path):
     skipped = Skipped(tmp_path / "skipped.jsonl", 0.01)
     skipped.saw(999)
     for number in range(12):
@@ -366,8 +367,8 @@ def test_check(tmp_path, folder, capsys):
     assert "too long      2 for --model-max-length 1,000" in capsys.readouterr().out
 
 
-def test_check_finds_what_training_would_leave_out(tmp_path, folder, capsys):
-    """An image that can be read, but not padded to a square; and half a character, which cannot be printed."""
+def test_check_finds_all_samples_that_training_would_skip(tmp_path, folder, capsys):
+    """Uses an image that can be read but not padded to a square, and half a character, which cannot be printed."""
     Image.new("RGB", (20000, 1)).save(folder / "long.png")
     data = write(tmp_path / "a.json", [{**RECORDS[2], "id": "sur\ud800", "image": "long.png"}])
     save(tmp_path / "toy")

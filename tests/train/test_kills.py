@@ -1,5 +1,5 @@
-"""Training that is killed (kill -9) and started again by the same command ends as if nothing had happened: the same
-weights bit for bit, the same loss at every step."""
+"""Tests training that is killed (kill -9) and restarted by the same command: it ends with the same weights bit for bit
+and the same loss at every step as an undisturbed run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LORA = {**STAGE_2, "lora_enable": True, "lora_r": 4}
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    """With data for 4.25 steps an epoch, and two samples that are broken."""
+    """Returns a starting point with data for 4.25 steps an epoch, of which two samples are broken."""
     root = make_ground(tmp_path_factory.mktemp("ground"))
     for name in ("pretrain", "finetune"):
         samples = json.loads((root / "world" / f"{name}.json").read_text())[:17]
@@ -46,13 +46,13 @@ def run_undisturbed(ground: Path, name: str, **settings) -> Path:
 
 
 def kill_in_step(run, steps: int, dice: Random) -> bool:
-    """Within 50 ms after so many steps, wherever the run then is."""
+    """Kills within 50 ms after `steps` steps, anywhere in the run."""
     before = run.steps_logged()
     return run.kill_when(lambda: run.steps_logged() - before >= steps, after=0.05 * dice.random())
 
 
 def save_begins(output: Path) -> Callable[[], bool]:
-    """Of this run: what the one before left behind goes first."""
+    """Returns whether this run has begun to save. It first clears the remains of the previous run."""
     cleared = False
 
     def begins() -> bool:
@@ -92,7 +92,7 @@ def test_killed_in_saves_and_in_steps(name, kills, settings, ground, tmp_path):
         run = start(command(ground, output, **settings), log)
         if place % 2:
             killed += kill_in_step(run, dice.randint(10 // kills, 20 // kills), dice)
-        else:  # while the next checkpoint is written: at once, or later
+        else:  # while it writes the next checkpoint: at once, or later
             killed += run.kill_when(save_begins(output), after=(place > 0) * 0.04 * dice.random())
         torn += (output / "unfinished").exists()
     start(command(ground, output, **settings), log).finish()
@@ -100,15 +100,15 @@ def test_killed_in_saves_and_in_steps(name, kills, settings, ground, tmp_path):
     assert killed == kills and torn
 
 
-def test_a_finished_run_that_is_started_again_takes_no_step(ground, tmp_path):
+def test_a_finished_run_takes_no_step_when_restarted(ground, tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
     for _ in range(2):
         start(command(ground, output, **STAGE_2), log).finish()
     assert_alike(output, run_undisturbed(ground, "stage 2", **STAGE_2))
 
 
-def die_over_the_last_old_checkpoint() -> None:
-    """kill -9 when one file of it is gone."""
+def die_while_deleting_a_checkpoint() -> None:
+    """Makes the run die (kill -9) after it has deleted one file of the checkpoint."""
     rmtree = shutil.rmtree
 
     def deadly(folder, **options):
@@ -122,7 +122,7 @@ def die_over_the_last_old_checkpoint() -> None:
 
 def test_killed_while_an_old_checkpoint_is_deleted(ground, tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
-    (process,) = start(command(ground, output, **STAGE_2), log, sabotage=die_over_the_last_old_checkpoint).ranks
+    (process,) = start(command(ground, output, **STAGE_2), log, sabotage=die_while_deleting_a_checkpoint).ranks
     process.join()
     assert process.exitcode == -signal.SIGKILL
     start(command(ground, output, **STAGE_2), log).finish()

@@ -1,4 +1,4 @@
-"""Adapters: what moves, what is written, and that merging gives the model that was trained."""
+"""Tests adapters: which weights move, which files are written, and that merging gives the trained model."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def root(tmp_path_factory):
 
 
 def train_adapters(root: Path, output: Path, **flags):
-    """The adapter model as it stands after training."""
+    """Returns the adapter model as it is after training."""
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
         save = ViCATrainer.save_model
@@ -42,7 +42,7 @@ def train_adapters(root: Path, output: Path, **flags):
 
 @pytest.fixture(scope="module")
 def adapters(root):
-    """The folder, and the model that wrote it."""
+    """Returns the folder, and the model that wrote it."""
     return root / "lora", train_adapters(root, root / "lora")
 
 
@@ -96,7 +96,7 @@ def test_merged_is_the_adapter_model(root, adapters, tmp_path):
 
 
 def test_merged_into_a_checkpoint(root, adapters, tmp_path):
-    """One that has a tower and a projector of its own; the adapters' projector goes before."""
+    """Merges into a checkpoint with a tower and a projector of its own; the adapters' projector replaces the latter."""
     first, second = tmp_path / "first", tmp_path / "second"
     merged_logits(adapters[0], first, root)
     model = train_adapters(root, second, model_name_or_path=first, t2v_layers=None, vision_tower=None)
@@ -105,7 +105,7 @@ def test_merged_into_a_checkpoint(root, adapters, tmp_path):
 
 
 def test_a_frozen_projector_goes_with_the_adapters(root, adapters, tmp_path):
-    """Which of the base's and stage 1's was seen is nowhere else."""
+    """The adapters' folder alone shows which projector was used in training, the base's or stage 1's."""
     first = tmp_path / "first"
     assert main(arguments(root, first, stage="pretrain", learning_rate=0.1)) == 0
     frozen = dict(pretrain_mm_mlp_adapter=first, freeze_mm_mlp_adapter=True)
@@ -115,12 +115,12 @@ def test_a_frozen_projector_goes_with_the_adapters(root, adapters, tmp_path):
 
 
 def adapters_base(root: Path, adapters, tmp_path) -> Path:
-    """Any whole model of the same tokens."""
+    """Returns any whole model with the same tokens."""
     assert program(["convert", str(adapters[0]), str(tmp_path / "whole"), "--to", "vica"]) == 0
     return tmp_path / "whole"
 
 
-def test_biases_learn_where_asked(root, tmp_path):
+def test_biases_learn_if_lora_bias_is_all(root, tmp_path):
     model = train_adapters(root, tmp_path / "lora", lora_bias="all")
     others = torch.load(tmp_path / "lora/non_lora_trainables.bin", weights_only=True)
     assert {plain(name) for name in others} == PROJECTOR | BIASES
@@ -129,8 +129,8 @@ def test_biases_learn_where_asked(root, tmp_path):
 
 
 def llava_folder(source: Path, folder: Path, root: Path) -> Path:
-    """What LLaVA itself writes: no tokenizer, a flat config that names no layers, and adapted maps by their last name,
-    which the tower has too."""
+    """Writes a folder as LLaVA does: no tokenizer, a flat config that names no layers, and adapted maps by their last
+    name, which the tower also has."""
     shutil.copytree(source, folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "trained.safetensors"):
         (folder / name).unlink()
@@ -158,7 +158,7 @@ def test_llavas_folders_merge(root, adapters, tmp_path, in_front):
     assert_close(got, logits(adapters[1], vica.load(tmp_path / "merged", device="cpu")[1], root), 1e-5)
 
 
-def test_what_does_not_merge(root, adapters, tmp_path, capsys):
+def test_folders_that_cannot_be_merged(root, adapters, tmp_path, capsys):
     def fails(source: Path, *flags: str) -> str:
         capsys.readouterr()
         assert program(["convert", str(source), str(tmp_path / "out"), "--to", "vica", *flags]) == 1

@@ -1,4 +1,4 @@
-"""Two processes, by whatever splits the work between them, train as one does on the batch of both: the same losses at
+"""Tests that two processes, under every engine, train as one process does on the batch of both: the same losses at
 every step and the same saved weights within 1e-5, in float32."""
 
 import gc
@@ -20,12 +20,14 @@ from vica.model.backbone_llama import Block
 REPOSITORY = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 STEPS = 10
-PLAIN = {"stage": "finetune", "version": "v1"}  # samples as they come: what has images and what has none share a step
+# samples in file order: those with images and those without share a step
+PLAIN = {"stage": "finetune", "version": "v1"}
 ZERO3 = REPOSITORY / "configs/zero3.json"
 
 
 def in_pieces(settings: Path) -> str:
-    """Every weight, as in a model of real size: small ones ZeRO-3 would leave whole on every rank."""
+    """Returns settings that shard every weight, as in a model of real size: ZeRO-3 would keep small ones whole on every
+    rank."""
     changed = json.loads(settings.read_text())
     changed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return json.dumps(changed)
@@ -37,13 +39,12 @@ ENGINES = {
     "zero3": {"deepspeed": in_pieces(ZERO3)},
     "fsdp": {"fsdp": "full_shard"},
 }
-# What a key's bias has for a gradient is rounding, which Adam's usual epsilon would let it follow.
+# The gradient of a key's bias is only rounding error, which Adam with its usual epsilon would follow.
 TOWER = {"unfreeze_mm_vision_tower": True, "adam_epsilon": 1e-4}
 
 
 def shard_on_cpu() -> None:
-    """accelerate takes FSDP for a matter of accelerators and would fall back to DDP in silence; torch's own runs on a
-    CPU too."""
+    """Makes accelerate use FSDP on a CPU, where torch's own FSDP works: accelerate would silently fall back to DDP."""
     inner = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
@@ -72,7 +73,7 @@ def command(ground: Path, output: Path, batch: int, **settings) -> list[str]:
 
 
 def run_alone(ground: Path, name: str, **settings) -> Path:
-    """The referee: one process."""
+    """Runs the referee, one process."""
     output = ground / "alone" / name
     if not output.exists():
         output.parent.mkdir(exist_ok=True)
@@ -92,7 +93,8 @@ def assert_alike(output: Path, alone: Path, steps: int = STEPS) -> None:
 
 
 def run_launched(launcher: list[str], ground: Path, output: Path, **settings) -> None:
-    """With an exit code of its own: some of DeepSpeed's threads would abort a process at its end."""
+    """Runs by a launcher, with an exit code of its own: some of DeepSpeed's threads would abort a process at its
+    end."""
     flags = command(ground, output, batch=4, **settings)
     environment = {**os.environ, **ON_CPU, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([*launcher, *flags], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
@@ -121,7 +123,7 @@ def test_stage_2_by_the_script_and_the_deepspeed_launcher(ground, tmp_path, monk
 @pytest.mark.slow
 def test_stage_2_by_fsdp(ground, tmp_path):
     run_both(ground, tmp_path / "out", "fsdp", batch=4, **STAGE_2).finish()
-    assert list((tmp_path / "out" / f"checkpoint-{STEPS}").glob("pytorch_model_fsdp*"))  # it was FSDP
+    assert list((tmp_path / "out" / f"checkpoint-{STEPS}").glob("pytorch_model_fsdp*"))  # proves that FSDP ran
     assert_alike(tmp_path / "out", run_alone(ground, "stage 2", batch=8, **STAGE_2))
 
 
@@ -146,8 +148,8 @@ def refuse_a_reducer_that_is_left():
 
 
 @pytest.mark.slow
-def test_nothing_is_left_that_ends_the_process_group_late(ground, tmp_path):
-    """It may never come to an end: once in a hundred runs."""
+def test_no_reducer_outlives_the_process_group(ground, tmp_path):
+    """A reducer that ends the group late may hang the process: once in a hundred runs."""
     flags = command(ground, tmp_path / "out", batch=4, **STAGE_1)
     start(flags, tmp_path / "log", ranks=2, sabotage=refuse_a_reducer_that_is_left).finish()
 
@@ -196,7 +198,7 @@ def test_zero3_gathers_a_block_at_once(stage, variant, ground, tmp_path):
 @pytest.mark.parametrize("tower", [{}, TOWER], ids=["tower frozen", "tower learns"])
 def test_text_on_one_rank_and_images_on_the_other(engine, tower, ground, tmp_path):
     settings = {**PLAIN, **tower, "data_path": ground / "mixed.json", "gradient_checkpointing": True}
-    settings["seed"] = 1  # they differ in the very first step, in which ZeRO-3 learns what is asked for
+    settings["seed"] = 1  # the ranks differ in the very first step, in which ZeRO-3 records the order of gathering
     run_both(ground, tmp_path / "out", engine, batch=1, **settings).finish()
     alone = run_alone(ground, f"mixed{len(tower)}", batch=2, **settings)
     assert_alike(tmp_path / "out", alone)
@@ -224,7 +226,7 @@ def test_killed_and_started_again(engine, stage, ground, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 def test_killed_within_a_later_epoch(grouped, ground, tmp_path):
-    """Three epochs of four steps, of which the last has less than the others."""
+    """Trains three epochs of four steps; the last step of an epoch is smaller than the others."""
     samples = json.loads((ground / "world" / "finetune.json").read_text())
     (tmp_path / "few.json").write_text(json.dumps(samples[:37]))
     settings = {**PLAIN, "group_by_modality_length": grouped, "data_path": tmp_path / "few.json"}
@@ -239,7 +241,7 @@ def test_killed_within_a_later_epoch(grouped, ground, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("ninja") and shutil.which("c++")), reason="DeepSpeed compiles its optimizer")
 @pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
-def test_rates_of_their_own_reach_an_offloaded_optimizer(engine, ground, tmp_path):
+def test_a_projector_rate_reaches_an_offloaded_optimizer(engine, ground, tmp_path):
     settings = {**STAGE_2, "mm_projector_lr": 1e-4, "weight_decay": 0.1}
     configs = {"deepspeed": REPOSITORY / f"configs/{engine}.json"}
     run_both(ground, tmp_path / "out", "ddp", batch=4, **settings, **configs).finish(400)
@@ -256,15 +258,15 @@ def test_a_rate_that_would_be_lost_is_refused(ground, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_batch_whose_samples_are_all_broken_costs_nothing(ground, tmp_path):
+def test_a_batch_of_broken_samples_has_no_loss(ground, tmp_path):
     settings = {**PLAIN, "data_path": ground / "mixed.json", "max_steps": 21}  # an epoch of batches of one
     start(command(ground, tmp_path / "out", batch=1, **settings), tmp_path / "log").finish()
     assert [loss > 0 for loss in sorted(losses(tmp_path / "out").values())] == [False] + [True] * 20
 
 
 @pytest.mark.slow
-def test_what_zero_saved_is_not_gone_on_from_by_other_means(ground, tmp_path):
-    """One process without DeepSpeed would find no optimizer there that it can read, and begin with a new one."""
+def test_a_zero_checkpoint_is_refused_by_another_engine(ground, tmp_path):
+    """One process without DeepSpeed would find no optimizer state that it can read, and begin with a new one."""
     settings = STAGE_2 | {"max_steps": 2, "save_steps": 1}
     run_both(ground, tmp_path / "out", "zero2", batch=4, **settings).finish()
     run = start(command(ground, tmp_path / "out", batch=8, **settings), tmp_path / "log")

@@ -1,4 +1,4 @@
-"""scripts/v1_5: every flag is known, every script parses, and one of them trains."""
+"""Tests scripts/v1_5: every flag is known, every script parses, and one of them trains."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def start(script: str, *flags: str, **variables) -> subprocess.CompletedProcess:
 
 
 def test_pretrain_runs(tmp_path):
-    """The file of configs/ stays in charge of all that no flag names."""
+    """The file of configs/ decides all settings that no flag names."""
     base, world, out = write_base(tmp_path), write(tmp_path / "world", 20, 1), tmp_path / "out"
     flags = {"model_name_or_path": base / "llm", "vision_tower": base / "tower", "max_steps": 2}
     done = start(
@@ -65,7 +65,7 @@ def test_pretrain_runs(tmp_path):
 
 
 def test_a_task_is_learned_with_the_models_own_layers(tmp_path):
-    """And not with those of the published model that MODEL names by default."""
+    """The layers are not those of the published model that MODEL names by default."""
     world, model = write(write_base(tmp_path) / "world", 20, 1), tmp_path / "model"
     assert main(arguments(tmp_path, model, t2v_layers="[1, 3]", freeze_prefix="2")) == 0
     done = start(
@@ -78,7 +78,7 @@ def test_a_task_is_learned_with_the_models_own_layers(tmp_path):
 
 
 def with_cards(folder: Path, cards: int) -> Path:
-    """An interpreter that says how many cards there are, and a launcher beside it: both show how they are called."""
+    """Returns an interpreter that reports `cards` cards, with a launcher beside it: both print how they were called."""
     shown = 'printf "%s " "$@"'
     python = f'if [ "$1" = -c ]; then case "$2" in *cuda*) echo {cards};; *) echo 4711;; esac; else {shown}; fi'
     for name, body in {"python": python, "deepspeed": shown}.items():
@@ -90,7 +90,8 @@ def with_cards(folder: Path, cards: int) -> Path:
 @pytest.mark.parametrize(
     "cards, variables, said",
     [
-        (1, dict(), "-m torch.distributed.run --nproc_per_node 1 "),  # DeepSpeed finds its place by a launcher's words
+        # DeepSpeed reads its rank from a launcher's variables
+        (1, dict(), "-m torch.distributed.run --nproc_per_node 1 "),
         (1, dict(ENGINE="none"), "-m vica.train --per_device_train_batch_size 32 --gradient_accumulation_steps 8 "),
         (4, dict(), "-m vica.train --per_device_train_batch_size 32 --gradient_accumulation_steps 2 "),
     ],
@@ -101,7 +102,7 @@ def test_how_processes_are_started(tmp_path, cards, variables, said):
 
 
 def test_machines_of_a_hostfile_share_the_batch(tmp_path):
-    """GLOBAL_BATCH is that of all slots, whatever this machine has."""
+    """GLOBAL_BATCH counts all slots, whatever this machine has."""
     (tmp_path / "hosts").write_text("# two machines\none slots=4\n  two\tslots=12 # the large one\n#three slots=4\n")
     variables = dict(PYTHON=with_cards(tmp_path, 4), HOSTFILE=tmp_path / "hosts", GLOBAL_BATCH=256, BATCH=8)
     done = start("pretrain.sh", **variables)

@@ -1,26 +1,38 @@
-"""`vica train` on a toy world, float32 on the CPU: what learns, that the variants learn alike, what is saved."""
+"""Tests `vica train` on a toy world, float32 on the CPU: which parts learn, that the variants learn alike, and what is
+saved."""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import vica
+from tests import plans
 from tests.builders import assert_close, tiny_model, tiny_vision
-from tests.training import ADAPTERS, LANGUAGE, LAYERS, PROJECTOR, WRAPPED, arguments, losses, tower_weights, write_base
+from tests.training import (
+    ADAPTERS,
+    LANGUAGE,
+    LAYERS,
+    PROJECTOR,
+    WRAPPED,
+    arguments,
+    losses,
+    tower_weights,
+    trained,
+    write_base,
+)
 from vica.cli.main import main as program
 from vica.data.collate import Collator
 from vica.data.training import Example
-from vica.model import decoder, flow_accel
+from vica.model import decoder, flow_accel, flow_mask
+from vica.plan.layer import Drop, LayerPlan
 from vica.toy.write import write
 from vica.train import run
 from vica.train.arguments import parse
 from vica.train.run import main
 from vica.train.trainer import ViCATrainer
-from vica.utils.files import held
 
 IGNORE, IMAGE = -100, vica.IMAGE_TOKEN_INDEX
 
@@ -42,22 +54,17 @@ def stage2(root, stage1):
     return trained(root, root / "stage2", pretrain_mm_mlp_adapter=stage1)
 
 
-def trained(root: Path, output: Path, stage: str = "finetune", **flags) -> Path:
-    assert main(arguments(root, output, stage, **flags)) == 0
-    return output
-
-
 def largest_difference(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-# --- what learns --------------------------------------------------------------------------------------------------
+# --- parts that learn ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def set_up(monkeypatch):
-    """The trainers of runs that stop before their first step."""
+    """Collects the trainers of runs that stop before their first step."""
     trainers = []
     monkeypatch.setattr(ViCATrainer, "train", lambda self, **_: trainers.append(self))
     monkeypatch.setattr(run, "finish", lambda trainer: None)
@@ -82,7 +89,7 @@ LM = "language model"
         (dict(lora_enable=True, freeze_mm_mlp_adapter=True), {"adapters"}),
     ],
 )
-def test_what_learns(root, tmp_path, set_up, capsys, flags, parts):
+def test_parts_that_learn(root, tmp_path, set_up, capsys, flags, parts):
     if "adapters" in parts:
         pytest.importorskip("peft")
     names = {LM: LANGUAGE, "projector": PROJECTOR, "adapters": ADAPTERS, "tower": tower_weights(root).keys()}
@@ -107,7 +114,7 @@ def test_nothing_left_to_learn(root, tmp_path, capsys):
 
 def test_a_process_trains_on_one_card_of_all_that_it_sees(root, tmp_path):
     args = parse(arguments(root, tmp_path))[2]
-    args._n_gpu = 8  # as transformers counts them where no launcher gives it one
+    args._n_gpu = 8  # as transformers counts the cards without a launcher
     assert (args.n_gpu, args.train_batch_size) == (1, 2) and args.parallel_mode.name == "NOT_PARALLEL"
 
 
@@ -117,12 +124,13 @@ def test_the_order_has_a_seed_of_its_own(root, tmp_path, set_up, seeds, of_order
     assert set_up[0]._get_train_sampler().seed == of_order
 
 
-# --- that it learns what it should --------------------------------------------------------------------------------
+# --- learning -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage, checkpointing", [("pretrain", False), ("finetune", True)])
 def test_accel_trains_as_mask(root, tmp_path, stage, checkpointing):
-    """50 steps; the largest differences seen were 1.4e-6 (loss) and 3.3e-7 (weights). Other layers differ by 1e-2."""
+    """Trains 50 steps. The largest differences seen were 1.4e-6 (loss) and 3.3e-7 (weights). Other layers differ by
+    1e-2."""
     runs = {
         "accel": dict(variant="accel", gradient_checkpointing=checkpointing),
         "mask": dict(variant="mask"),
@@ -142,8 +150,8 @@ def test_accel_trains_as_mask(root, tmp_path, stage, checkpointing):
 
 
 def test_accumulated_steps_equal_large_ones(root, tmp_path):
-    """Rows of unlike lengths, so that a mean of the pieces' means would be another loss; grouped as LLaVA groups them,
-    so that a step's samples are the same. The largest differences seen: 4.8e-7 (loss), 2.4e-7 (weights)."""
+    """Uses samples of different lengths, so that a mean over the pieces' means would be another loss, grouped as in
+    LLaVA, so that a step's samples are the same. The largest differences seen: 4.8e-7 (loss), 2.4e-7 (weights)."""
     flags = dict(max_steps=10, group_by_modality_length=True)
     whole = trained(root, tmp_path / "whole", per_device_train_batch_size=8, **flags)
     pieces = trained(root, tmp_path / "pieces", gradient_accumulation_steps=4, **flags)
@@ -152,11 +160,12 @@ def test_accumulated_steps_equal_large_ones(root, tmp_path):
 
 
 # Numbers of text tokens, and I for an image.
-ROWS = ["2 I 5", "3 I 2 I 4", "7", "I I 3", "1 I 9", "4"]
+SAMPLES = ["2 I 5", "3 I 2 I 4", "7", "I I 3", "1 I 9", "4"]
 
 
 def example(parts: str, seed: int) -> Example:
-    """All that can be learned is: not what follows an image, nor a row's first token, though that has a label."""
+    """Returns an example with labels on all tokens that can be learned: none after an image. The first token has one
+    too, which must be ignored."""
     dice = torch.Generator().manual_seed(seed)
     ids, labels = [], []
     for part in parts.split():
@@ -179,13 +188,13 @@ def loss_and_gradients(model, examples: list[Example], **options):
 @pytest.mark.parametrize("skip_logits", [True, False])
 def test_packed_equals_one_by_one(variant, skip_logits):
     model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
-    examples = [example(parts, seed) for seed, parts in enumerate(ROWS)]
+    examples = [example(parts, seed) for seed, parts in enumerate(SAMPLES)]
     output, packed = loss_and_gradients(model, examples, skip_logits=skip_logits)
     assert (output.logits is None) == skip_logits
     total, summed = 0, dict.fromkeys(packed, 0)
     counts = [(x.labels[1:] != IGNORE).sum().item() for x in examples]
-    for row, count in zip(examples, counts):
-        alone, gradients = loss_and_gradients(model, [row], skip_logits=skip_logits)
+    for one, count in zip(examples, counts):
+        alone, gradients = loss_and_gradients(model, [one], skip_logits=skip_logits)
         total += alone.loss * count / sum(counts)
         for name, gradient in gradients.items():
             summed[name] = summed[name] + gradient * count / sum(counts)
@@ -197,8 +206,9 @@ def test_packed_equals_one_by_one(variant, skip_logits):
 
 @pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
 @pytest.mark.parametrize("tower_learns", [False, True])
-def test_text_alone_leaves_what_sees_a_gradient_of_zeros(variant, tower_learns):
-    """None would let ranks that saw an image wait for those that saw none, and Adam skip what it else would move."""
+def test_text_alone_gives_the_vision_side_a_gradient_of_zeros(variant, tower_learns):
+    """With None, ranks that saw an image would wait for those that saw none, and Adam would skip weights that it
+    otherwise moves."""
     model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
     model.model.vision_tower.requires_grad_(tower_learns)
     _, seen = loss_and_gradients(model, [example("2 I 5", 0)], skip_logits=True)
@@ -207,8 +217,8 @@ def test_text_alone_leaves_what_sees_a_gradient_of_zeros(variant, tower_learns):
     assert all(gradients[name].any() == (name in LANGUAGE) for name in gradients)
 
 
-class Asked(dict):
-    """A module's parameters; `asked` lists those that are looked up, as ZeRO-3 gathers them."""
+class Recorded(dict):
+    """A module's parameters. `asked` lists those that are looked up, as ZeRO-3 gathers them."""
 
     def __init__(self, module, name: str, asked: list[str]):
         super().__init__(module._parameters)
@@ -219,17 +229,28 @@ class Asked(dict):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("variant", ["accel", "mask", "dense"])
+PLANS = {
+    "as the variant says": None,
+    "pyramiddrop": plans.pyramiddrop(4, [1, 2], [0.5, 0.2]),
+    "fastv on shortv": plans.with_drops(plans.shortv(4, [0, 2]), {2: Drop(0.5, "previous")}),
+    "vica and pyramiddrop": plans.vica_pyramiddrop(4, [0, 2], True, [2], [0.5]),
+    "blind, then skipped": [*plans.visipruner_shallow(2, 1), LayerPlan("skip"), LayerPlan("read")],
+}
+
+
+@pytest.mark.parametrize("variant, plan", [(v, p) for p in PLANS for v in ("accel", "mask", "dense")], ids=str)
 @pytest.mark.parametrize("tower_learns", [False, True])
-def test_ranks_ask_for_weights_in_the_same_order(variant, tower_learns, monkeypatch):
-    """With images or without: what one rank alone gathers, it waits for."""
-    for module in (decoder, flow_accel):
+def test_ranks_gather_weights_in_the_same_order(variant, plan, tower_learns, monkeypatch):
+    """With images or without: a rank that gathers a weight alone waits for it forever."""
+    for module in (decoder, flow_accel, flow_mask):
         monkeypatch.setattr(module, "among_ranks", lambda: True)
     model = tiny_model(vision_config=tiny_vision(), variant=variant).train()
+    if PLANS[plan] is not None:
+        model.config.plan = PLANS[plan]
     model.model.vision_tower.requires_grad_(tower_learns)
     asked, orders = [], []
     for name, module in model.named_modules():
-        module._parameters = Asked(module, name, asked)
+        module._parameters = Recorded(module, name, asked)
     for parts in ("2 I 5", "I I 3", "7"):
         loss_and_gradients(model, [example(parts, 0)], skip_logits=True)
         orders.append(asked.copy())
@@ -254,13 +275,13 @@ def test_stage_1_writes_the_projector_as_llava_does(root, stage1):
     assert all(x.dtype == torch.float32 for x in projector.values())
 
 
-def test_a_plain_language_model_lacks_nothing(root, tmp_path, caplog):
+def test_a_plain_language_model_causes_no_warning(root, tmp_path, caplog):
     trained(root, tmp_path, "pretrain")
     assert "holds no vision tower" not in caplog.text
 
 
-def test_from_a_cache_of_the_hub(root, tmp_path):
-    """Both of what it starts from lie in --cache_dir and nowhere else."""
+def test_base_models_come_from_the_hubs_cache(root, tmp_path):
+    """Both base models lie in --cache_dir and nowhere else."""
     for name in ("llm", "tower"):
         place = tmp_path / f"cache/models--someone--{name}"
         shutil.copytree(root / name, place / "snapshots/1")
@@ -271,7 +292,7 @@ def test_from_a_cache_of_the_hub(root, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["mm_projector.bin", ""])
-def test_stage_2_goes_on_from_stage_1(root, stage1, tmp_path, set_up, file):
+def test_stage_2_starts_from_stage_1(root, stage1, tmp_path, set_up, file):
     assert main(arguments(root, tmp_path, pretrain_mm_mlp_adapter=stage1 / file)) == 0
     projector = torch.load(stage1 / "mm_projector.bin", weights_only=True)
     begun = {name: p.data for name, p in set_up[0].model.named_parameters() if name in PROJECTOR}
@@ -310,7 +331,8 @@ def test_stage_2_writes_a_checkpoint_even_if_it_learns_little(root, stage1, tmp_
 
 
 def test_finetune_from_a_checkpoint(root, stage2, tmp_path):
-    """The checkpoint brings tower, projector and layers. Template and square are those of the run, also when saved."""
+    """The checkpoint decides tower, projector and layers. The run decides template and image mode, also in the saved
+    model."""
     flags = dict(model_name_or_path=stage2, vision_tower=None, t2v_layers=None, image_aspect_ratio="crop")
     folder = trained(root, tmp_path, **flags, version="llama_2", learning_rate=0)
     assert largest_difference(load_file(folder / "model.safetensors"), load_file(stage2 / "model.safetensors")) == 0
@@ -319,8 +341,8 @@ def test_finetune_from_a_checkpoint(root, stage2, tmp_path):
     assert (processor.conversation, processor.image_mode) == ("llama_2", "crop")
 
 
-def test_the_saved_model_has_the_precision_it_computes_in(root, tmp_path):
-    """A checkpoint keeps what learns in float32, to go on exactly."""
+def test_the_saved_model_has_the_precision_of_its_use(root, tmp_path):
+    """A checkpoint keeps the learning weights in float32, to resume exactly."""
     folder = trained(root, tmp_path, bf16=True, save_strategy="steps", save_steps=2)
     last, final = (load_file(x / "model.safetensors") for x in (folder / "checkpoint-2", folder))
     assert {x.dtype for x in final.values()} == {torch.bfloat16}
@@ -329,11 +351,25 @@ def test_the_saved_model_has_the_precision_it_computes_in(root, tmp_path):
     assert vica.load(folder, device="cpu")[0].dtype == torch.bfloat16
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------
+def test_vision_settings_of_a_checkpoint_cannot_change(root, tmp_path, capsys):
+    model = trained(root, tmp_path / "model")
+    for name, value in (("mm_projector_type", "linear"), ("mm_vision_select_layer", -1)):
+        assert main(arguments(root, tmp_path / "more", model_name_or_path=model, **{name: value})) == 1
+        assert f"--{name} is {value!r}, but {model} was trained with " in capsys.readouterr().err
+    trained(root, tmp_path / "more", model_name_or_path=model, mm_projector_type="mlp2x_gelu")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(root, tmp_path, capsys):
-    """The rate of step 1 is 0, as it rises; that of step 2 ruins the weights, which step 3 sees."""
+def test_a_warmup_of_zero_steps(root, tmp_path):
+    folder = trained(root, tmp_path, warmup_steps=0, lr_scheduler_type="constant_with_warmup")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [1e-3, 1e-3]
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_of_nan_stops_the_run(root, tmp_path, capsys):
+    """The rate of step 1 is 0, since it warms up; that of step 2 ruins the weights, which step 3 uses."""
     flags = dict(learning_rate=1e30, max_steps=6, save_strategy="steps", save_steps=1, save_total_limit=9)
     assert main(arguments(root, tmp_path, **flags)) == 1
     (error,) = capsys.readouterr().err.strip().splitlines()
@@ -344,7 +380,7 @@ def test_a_loss_that_is_no_number_stops_the_run(root, tmp_path, capsys):
 
 @pytest.fixture
 def broken(root, tmp_path):
-    """Eight samples, two of which have no picture."""
+    """Writes eight samples, two of which have no picture."""
     samples = json.loads((root / "world/finetune.json").read_text())[:8]
     samples[3]["image"] = samples[6]["image"] = "train/nowhere.png"
     path = tmp_path / "broken.json"
@@ -353,7 +389,7 @@ def broken(root, tmp_path):
 
 
 def test_broken_samples_are_left_out(root, tmp_path, broken, capsys):
-    """One a step, so that a step has nothing to learn from."""
+    """Uses one sample a step, so that a step may have nothing to learn from."""
     flags = dict(data_path=broken, max_broken_share=0.25, per_device_train_batch_size=1, max_steps=8)
     folder = trained(root, tmp_path / "out", **flags)
     report = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
@@ -363,7 +399,7 @@ def test_broken_samples_are_left_out(root, tmp_path, broken, capsys):
     assert losses(folder).count(0) == 2
 
 
-def test_samples_that_were_repaired_count_no_longer(root, tmp_path, broken, capsys):
+def test_repaired_samples_no_longer_count_as_broken(root, tmp_path, broken, capsys):
     flags = dict(data_path=broken, max_broken_share=0.2, max_steps=8)
     assert main(arguments(root, tmp_path / "out", **flags)) == 1
     samples = json.loads(broken.read_text())
@@ -427,109 +463,8 @@ def test_mistakes_are_one_line(root, tmp_path, capsys, flags, said):
     assert line.startswith("vica train: ") and said in line
 
 
-# --- started again ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "before, now, said",
-    [
-        (dict(stage="pretrain"), dict(), "stage 1 or adapters, now the whole model"),
-        (dict(), dict(stage="pretrain"), "the whole model, now stage 1 or adapters"),
-        (dict(t2v_layers="[1]"), dict(), "t2v_layers [1], now [0, 2]"),
-        (dict(freeze_prefix="true"), dict(freeze_prefix="1"), "freeze_prefix True, now 1"),
-        (dict(variant="dense"), dict(), "dense True, now False"),
-        (dict(), dict(mm_projector_lr=1e-4), "a rate of the projector's own False, now True"),
-        (dict(), dict(freeze_backbone=True), "what learns ['projector', 'language model'], now ['projector']"),
-        (dict(), dict(optim="sgd"), "optim 'adamw_torch', now 'sgd'"),
-        (dict(lora_enable=True), dict(lora_enable=True, lora_alpha=1024), "lora_alpha 16, now 1024"),
-        (dict(stage="pretrain"), dict(stage="pretrain", model_name_or_path="another"), "/another'"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_not_gone_on_from(root, tmp_path, capsys, before, now, said):
-    """Its weights would be saved as this run's, untrained and under this run's layers, or its optimizer begin anew."""
-    if "lora_enable" in before:
-        pytest.importorskip("peft")
-    if "model_name_or_path" in now:
-        now = now | {"model_name_or_path": shutil.copytree(root / "llm", tmp_path / "another")}
-    saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
-    trained(root, tmp_path, **before, **saving)
-    capsys.readouterr()
-    assert main(arguments(root, tmp_path, **now, **saving)) == 1
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"vica train: {tmp_path}/checkpoint-1 is of another run: ") and said in line
-
-
-def test_an_output_that_holds_another_kind_of_model(root, tmp_path, capsys):
-    """What stays there would be read in place of what this run writes."""
-    pytest.importorskip("peft")
-    whole, adapters = trained(root, tmp_path / "whole"), trained(root, tmp_path / "adapters", lora_enable=True)
-    for folder, flags, said in (
-        (adapters, dict(), "holds adapters already"),
-        (whole, dict(lora_enable=True), "holds a whole model already"),
-        (whole, dict(stage="pretrain"), "holds a whole model already"),
-        (whole, dict(model_name_or_path=whole), "is the model that training starts from"),
-    ):
-        capsys.readouterr()
-        assert main(arguments(root, folder, **flags)) == 1
-        assert said in capsys.readouterr().err
-    trained(root, whole)  # again is no other kind
-
-
-def test_shards_of_an_earlier_model_do_not_outlive_it(root, tmp_path):
-    folder = trained(root, tmp_path)
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    weights = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-    (folder / "notes.bin").touch()
-    trained(root, tmp_path, learning_rate=0.1)
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {"model.safetensors", "notes.bin"} and not any("-of-" in name or "index" in name for name in names)
-
-
-def test_two_runs_at_once_do_not_share_an_output(root, tmp_path, capsys):
-    with held(tmp_path, "another"):
-        assert main(arguments(root, tmp_path)) == 1
-    assert f"{tmp_path} is being written by another run; give this one another" in capsys.readouterr().err
-    trained(root, tmp_path)
-
-
-def test_a_multimodal_checkpoint_sees_as_it_was_trained(root, tmp_path, capsys):
-    model = trained(root, tmp_path / "model")
-    for name, value in (("mm_projector_type", "linear"), ("mm_vision_select_layer", -1)):
-        assert main(arguments(root, tmp_path / "more", model_name_or_path=model, **{name: value})) == 1
-        assert f"--{name} is {value!r}, but {model} was trained with " in capsys.readouterr().err
-    trained(root, tmp_path / "more", model_name_or_path=model, mm_projector_type="mlp2x_gelu")
-
-
-def test_no_warmup_is_none(root, tmp_path):
-    folder = trained(root, tmp_path, warmup_steps=0, lr_scheduler_type="constant_with_warmup")
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [1e-3, 1e-3]
-
-
-def test_a_run_that_goes_on_says_so(root, tmp_path, capsys):
-    trained(root, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
-    assert "goes on from" not in capsys.readouterr().out
-    trained(root, tmp_path, variant="mask")  # the same function as accel: the same run
-    assert f"goes on from {tmp_path}/checkpoint-1\n" in capsys.readouterr().out
-
-
-def test_a_folder_that_is_no_checkpoint(root, tmp_path, capsys):
-    assert main(arguments(root, tmp_path, resume_from_checkpoint=root / "llm")) == 1
-    assert f"{root}/llm is no checkpoint to go on from" in capsys.readouterr().err
-
-
-def test_interrupted_by_hand(root, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ViCATrainer, "training_step", interrupted)
-    assert main(arguments(root, tmp_path)) == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("vica train: stopped; started again")
-
-
 @pytest.mark.parametrize("missing", ["data_path", "image_folder"])
-def test_missing_data_is_told_before_a_model_is_loaded(root, tmp_path, monkeypatch, missing):
+def test_missing_data_is_reported_before_a_model_is_loaded(root, tmp_path, monkeypatch, missing):
     monkeypatch.setattr(run, "build", lambda *_: pytest.fail("loaded"))
     assert main(arguments(root, tmp_path, **{missing: "nowhere"})) == 1
 

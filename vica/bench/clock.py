@@ -1,4 +1,4 @@
-"""Wall time of pieces of work that take turns, so that no column has the device in a better hour."""
+"""Times pieces of work in turn, so that no column measures the device in better conditions than another."""
 
 import gc
 import logging
@@ -7,19 +7,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from ..utils.errors import ViCAError
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
-WARM_UPS = {"cuda": 3, "cpu": 1}  # a captured pass runs plainly first, then it is captured, then replayed
+WARM_UPS = {"cuda": 3, "cpu": 1}  # a captured pass runs plainly first, then is captured, then replayed
 
 
 @dataclass
 class Job:
-    """`work` is timed on what `setup` returns, which is not. Its time is told by the step."""
+    """Work to time. `work` is timed on the result of `setup`, which is not timed. `steps` divides the time."""
 
     work: Callable
     setup: Callable = lambda: None
@@ -29,8 +31,8 @@ class Job:
 @dataclass
 class Timing:
     seconds: list[float] = field(default_factory=list)
-    first_seconds: float | None = None  # the first warm-up: compiling, capturing
-    tokens: list[int] | None = None  # what the last run answered
+    first_seconds: float | None = None  # the first warm-up, which compiles and captures
+    tokens: list[int] | None = None  # the answer of the last run
     failure: str | None = None
 
     @property
@@ -47,7 +49,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(work: Callable, device: torch.device) -> tuple[float, object]:
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     synchronize(device)
     start = time.perf_counter()
     result = work()
@@ -56,8 +58,8 @@ def timed(work: Callable, device: torch.device) -> tuple[float, object]:
 
 
 def race(makers: dict[str, Callable[[], Job]], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Each column's job, made, warmed up and then timed in turn with the others'. One that fails says why and leaves
-    the race."""
+    """Makes each column's job, warms it up and times it in turn with the others. One that fails notes why and
+    leaves."""
     timings = {name: Timing() for name in makers}
     jobs: dict[str, Job] = {}
     for name, make in makers.items():
@@ -75,8 +77,8 @@ def race(makers: dict[str, Callable[[], Job]], repeats: int, device: torch.devic
 def run_once(job: Job, timing: Timing, turn: int, device: torch.device) -> None:
     given = job.setup()
     seconds, tokens = timed(lambda: job.work(given), device)
-    chosen = isinstance(tokens, torch.Tensor) and tokens.dim() == 1  # else it is a tower's features
-    timing.tokens = tokens.tolist() if chosen else None
+    # a tower's features have more dimensions
+    timing.tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) and tokens.dim() == 1 else None
     if turn == 0:
         timing.first_seconds = seconds
     elif turn >= WARM_UPS[device.type]:
@@ -84,7 +86,7 @@ def run_once(job: Job, timing: Timing, turn: int, device: torch.device) -> None:
 
 
 class failures_noted:
-    """One column's failure is a finding, not the end of the measurement."""
+    """Context that records one column's failure as a finding, so that the measurement goes on."""
 
     def __init__(self, timing: Timing, device: torch.device):
         self.timing, self.device = timing, device
@@ -98,7 +100,7 @@ class failures_noted:
         self.timing.failure = describe(error)
         if not isinstance(error, (ViCAError, torch.OutOfMemoryError)):
             log.error("a column failed", exc_info=(kind, error, trace))
-        error.__traceback__ = None  # its frames hold what did not fit
+        error.__traceback__ = None  # its frames hold the tensors that did not fit
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -115,7 +117,7 @@ def describe(error: Exception) -> str:
 
 @torch.no_grad()
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large plain copy."""
+    """Returns the bytes a second, read and written, of a large plain copy."""
     size = 2**31 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -124,12 +126,12 @@ def copy_rate(device: torch.device) -> float:
 
 @torch.no_grad()
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square product."""
+    """Returns the FLOPs a second of a large square product."""
     size = 8192 if device.type == "cuda" else 512
     x, y = torch.randn(2, size, size, device=device, dtype=dtype)
     return 2 * size**3 / best_of(lambda: x @ y, device)
 
 
 def best_of(work: Callable, device: torch.device, rounds: int = 10, tries: int = 5) -> float:
-    """Seconds of one, where many are launched one after another."""
+    """Returns the seconds of one call when many are launched in sequence: the best of several tries."""
     return min(timed(lambda: [work() for _ in range(rounds)], device)[0] / rounds for _ in range(tries))

@@ -1,4 +1,4 @@
-"""FLOPs of a prompt, counted by formula from the config alone."""
+"""Counts the FLOPs of a prompt by formula from the config alone."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from ..plan.sizes import visual_tokens
 from ..utils.table import table
 from .report import Report
 
-DEFAULTS = {"cuda": {}, "cpu": {}}
+DEFAULTS: dict[str, dict] = {"cuda": {}, "cpu": {}}
 WAYS = {
     "dense": {},
     "accel, nothing kept": {},

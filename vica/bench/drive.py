@@ -1,4 +1,4 @@
-"""The engine's passes one by one: what its scheduler does for requests that all come at once."""
+"""Runs the engine's passes one by one, as its scheduler does for requests that all come at once."""
 
 import numpy as np
 import torch
@@ -11,14 +11,15 @@ from .inputs import Prompts
 
 
 class Drive:
-    """All rows that it hands out share lanes and slots: those of one list are entered, then decoded, then another's."""
+    """An engine's passes on prompts. All prompts of one Drive share lanes and slots: use one list at a time, first for
+    prefill, then for decode."""
 
     def __init__(self, engine: Engine):
         self.engine, self.runner = engine, engine.runner
         self.slots = np.zeros(0, np.int64)
 
-    def rows(self, prompts: Prompts, prefix_kept: bool) -> list[Row]:
-        """Rows of the prompts, each with room for its answer. A kept prefix is computed here and now."""
+    def admit(self, prompts: Prompts, prefix_kept: bool) -> list[Row]:
+        """Returns the prompts with room for their answers. A kept prefix is computed at once."""
         layouts = [self._layout(ids, prompts.shape.visual) for ids in prompts.ids]
         prefix, own = layouts[0].prefix, len(layouts[0]) + prompts.shape.answer - 1
         slots = self._take(prefix + own * len(layouts))
@@ -33,13 +34,14 @@ class Drive:
         ]
 
     def clear(self) -> None:
-        """The slots go back, for the engine's own requests."""
+        """Returns the slots to the engine, for its own requests."""
         self.runner.pool.give(self.slots)
         self.slots = self.slots[:0]
 
     @torch.inference_mode()
-    def show(self, rows: list[Row], features: list[torch.Tensor]) -> None:
-        """Gives each row its image as its pass wants it: frozen K/V, or features that are rows themselves."""
+    def give_images(self, rows: list[Row], features: list[torch.Tensor]) -> None:
+        """Gives each prompt its image in the form that its pass takes: frozen K/V, or features that are hidden states
+        themselves."""
         if self.runner.images_are_kv:
             features = self.runner.image_kv(features, [row.layout.images[0].start for row in rows])
         for row, image in zip(rows, features):
@@ -50,7 +52,7 @@ class Drive:
         return self.runner.prefill(rows)
 
     def first_tokens(self, rows: list[Row], features: list[torch.Tensor]) -> torch.Tensor:
-        self.show(rows, features)
+        self.give_images(rows, features)
         return self.prefill(rows)
 
     @torch.inference_mode()
@@ -83,7 +85,7 @@ class Drive:
 
 
 def answer_all(engine: Engine, requests: list[Request]) -> None:
-    """The engine as its users meet it. A request that fails would only make it faster."""
+    """Answers requests as users do. A failed request is an error: it would only make the engine look faster."""
     results = engine.generate(requests)
     if failed := [result.error for result in results if result.error]:
         raise ViCAError(f"{len(failed)} of {len(results)} requests failed: {failed[0]}")

@@ -1,4 +1,5 @@
-"""Hours that nine benchmarks take: vica eval from JPEG files to answers on disk, beside one question at a time."""
+"""Estimates the hours of nine benchmarks: vica eval from JPEG files to answers on disk, against one question at a
+time."""
 
 import argparse
 import random
@@ -26,7 +27,7 @@ from .report import Report, ratio
 
 @dataclass(frozen=True)
 class Workload:
-    """A benchmark's size, and the tokens of a typical question of its and of a typical answer with its end mark."""
+    """A benchmark's size, and the tokens of a typical question and of a typical answer with its end mark."""
 
     name: str
     questions: int
@@ -48,8 +49,8 @@ WORKLOADS = (
 )
 DEFAULTS = {"cuda": dict(questions=4455, peer_questions=64), "cpu": dict(questions=12, peer_questions=2)}
 VICUNA = 35
-TEMPLATE = 5  # tokens of a chat template after the question, about
-DISTINCT = 64  # pictures that are drawn; the others are the same JPEG data under another hash
+TEMPLATE = 5  # approximate number of a chat template's tokens after the question
+DISTINCT = 64  # distinct pictures; the others are the same JPEG data under another hash
 NOTE = (
     "ours: files read, decoded and hashed, answers appended to disk; transformers: batch 1, one process, its pixels "
     "and ids prepared beforehand, which favours it"
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace, models: Models) -> Report:
         drawn = [path.read_bytes() for path in write_pictures(Path(folder), DISTINCT)]
         slow = [one_by_one(args, models, work, drawn[0]) for work in WORKLOADS]
         engine = models.engine("accel", max_batch=args.max_batch)
-        # What is compiled and captured once a process would count many times over in hours that follow from a sample.
+        # Warm up apart: compiling and capturing happen once a process, and would count many times in hours extrapolated
+        # from a sample.
         (first_use := Path(folder) / "first_use").mkdir()
         first_s = engine.warm_up() + all_at_once(args, engine, WORKLOADS[0], drawn, first_use)["seconds"]
         fast = []
@@ -82,42 +84,45 @@ def run(args: argparse.Namespace, models: Models) -> Report:
 
 
 def one_by_one(args: argparse.Namespace, models: Models, work: Workload, picture: bytes) -> dict:
-    """LLaVA's way: a question at a time, the image encoded anew for each. The first is not timed."""
+    """Measures LLaVA's way: one question at a time, the image encoded anew for each. The first question is not
+    timed."""
     count, place = args.peer_questions, models.config.image_token_index
     ids = models.processor.ask(text_of(models.processor, work, 0), [picture])["input_ids"][0].tolist()
     before = ids.index(place)
-    # What stands before the image is Vicuna's 35 tokens, but more to the small tokenizer that random weights come with.
+    # Vicuna has 35 tokens before the image; the small tokenizer of the random weights makes more of the same text.
     shape = Shape(min(before, VICUNA), visual_tokens(models.config), len(ids) - before - 1, work.answer)
     shape.check(models.config)
     peer = models.transformers
     prompts = Prompts(models.config, count + 1, shape, models.device, models.dtype)
-    rows = prompts.expanded(peer.image_token).split(1)
+    sequences = prompts.expanded(peer.image_token).split(1)
     pixels = torch.from_numpy(models.processor.process_images([picture])[0])[None].to(models.device, models.dtype)
-    peer.generate(rows[0], pixels, work.answer)
-    seconds, _ = timed(lambda: [peer.generate(row, pixels, work.answer) for row in rows[1:]], models.device)
+    peer.generate(sequences[0], pixels, work.answer)
+    seconds, _ = timed(lambda: [peer.generate(ids, pixels, work.answer) for ids in sequences[1:]], models.device)
     progress(f"eval, {work.name}, {shape} tokens, one by one: {count / seconds:.1f} questions/s")
     return dict(prompt=str(shape), peer_questions=count, peer_seconds=seconds)
 
 
 def all_at_once(args: argparse.Namespace, engine: Engine, work: Workload, drawn: list[bytes], folder: Path) -> dict:
-    """Through vica.eval's own runner; no image was seen before."""
+    """Measures vica.eval's own runner on images that it has not seen before."""
     count = min(args.questions, work.questions)
     images = max(1, round(count * work.images / work.questions))
     paths = [folder / f"{work.name.split()[0]}-{n}.jpg" for n in range(images)]
     for n, path in enumerate(paths):
-        path.write_bytes(drawn[n % len(drawn)] + f"{path.name}".encode())  # what follows a JPEG's end is not decoded
+        path.write_bytes(drawn[n % len(drawn)] + f"{path.name}".encode())  # bytes after a JPEG's end are not decoded
     questions = [Question(n, text_of(engine.processor, work, n), paths[n * images // count]) for n in range(count)]
     task = Task(work.name, work.name, "", ("",), work.answer, lambda *_: [], lambda *_: [], no_score)
     answer = partial(by_engine, engine, ignore_eos=True)
     engine.image_memory.clear()
     outcome = run_task(task, questions, answer, folder / "answers" / work.name, {}, Ranks())
+    assert outcome is not None  # this is the first process
     if outcome.failed:
         raise ViCAError(f"{len(outcome.failed)} questions failed: {next(iter(outcome.failed.values()))}")
     return dict(asked=count, of_images=images, seconds=outcome.seconds)
 
 
 def text_of(processor, work: Workload, seed: int) -> str:
-    """As many words, of one token each, as the benchmark's question has tokens, but for the template's after it."""
+    """Returns as many words, of one token each, as the benchmark's question has tokens, less the template's after
+    it."""
     return " ".join(random.Random(seed).choices(whole_words(processor), k=work.text - TEMPLATE))
 
 
@@ -133,7 +138,9 @@ def no_score(questions, answers) -> Score:
 
 
 def hours_table(cells: list[dict]) -> str:
-    rows = [("", "questions", "images", "prompt", "answer", "questions/s", "one by one", "gain", "hours", "one by one")]
+    rows: list[tuple] = [
+        ("", "questions", "images", "prompt", "answer", "questions/s", "one by one", "gain", "hours", "one by one")
+    ]
     total = [0.0, 0.0]
     for c in cells:
         ours, theirs = c["asked"] / c["seconds"], c["peer_questions"] / c["peer_seconds"]

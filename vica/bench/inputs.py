@@ -1,4 +1,4 @@
-"""What is asked: prompts of one shape, with an image each, the same for every column."""
+"""Makes the inputs: prompts of one shape, with an image each, the same for every column."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from ..utils.errors import ViCAError
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens of a prompt: `prefix`, an image of `visual`, `text`; and of what follows it at most."""
+    """Token counts of a prompt, `prefix`, an image of `visual` and `text`, and of its longest answer."""
 
     prefix: int
     visual: int
@@ -32,13 +32,13 @@ class Shape:
 
 
 class Prompts:
-    """`batch` prompts with a common prefix, in the forms that models take them in."""
+    """`batch` prompts with a common prefix, in the forms that models take."""
 
     def __init__(self, config: ViCAConfig, batch: int, shape: Shape, device, dtype, seed: int = 0):
         self.config, self.batch, self.shape = config, batch, shape
         self.device, self.dtype, self.seed = device, dtype, seed
         random = torch.Generator().manual_seed(seed)
-        # not the special tokens, nor the vocabulary's last word, which is transformers' placeholder here
+        # without the special tokens and the last word of the vocabulary, which is transformers' placeholder here
         words = torch.randint(
             3, config.text_config.vocab_size - 1, (batch, shape.prefix + shape.text), generator=random
         )
@@ -47,7 +47,7 @@ class Prompts:
 
     @cached_property
     def stacked(self) -> torch.Tensor:
-        """Features [batch, visual, width], made on the device: they may be large."""
+        """Features [batch, visual, width], made on the device because they may be large."""
         shape = (self.batch, self.shape.visual, self.config.text_config.hidden_size)
         random = torch.Generator(self.device).manual_seed(self.seed)
         return 0.8 * torch.randn(shape, generator=random, device=self.device, dtype=self.dtype)
@@ -72,7 +72,7 @@ class Prompts:
         return torch.tensor(self.ids, device=self.device)
 
     def expanded(self, placeholder: int) -> torch.Tensor:
-        """A placeholder for each visual token, as transformers wants them."""
+        """Returns the ids with a placeholder for each visual token, as transformers takes them."""
         return self._around(placeholder, self.shape.visual).to(self.device)
 
     @cached_property
@@ -85,7 +85,7 @@ class Prompts:
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int] = (640, 480), seed: int = 0) -> list[Path]:
-    """Photographs' likes in size and in what decoding them costs: smooth gradients under noise, as JPEG files."""
+    """Writes JPEG files that resemble photographs in size and in decoding cost: smooth gradients under noise."""
     random, (width, height) = np.random.default_rng(seed), size
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     paths = [folder / f"{n:05}.jpg" for n in range(count)]

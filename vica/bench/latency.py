@@ -1,4 +1,5 @@
-"""Time of each phase: tower, prefill (against batch and visual tokens), first token from pixels, decode."""
+"""Measures the time of each phase: tower, prefill (against batch and visual tokens), first token from pixels,
+decode."""
 
 import argparse
 
@@ -12,7 +13,7 @@ from .latency_tables import PHASES, REFEREES, Setting, ceilings, phase_table
 from .models import Models
 from .report import COLUMNS, Report, own_failures
 
-# On a CPU as much as ends in a minute; compiling transformers' decode alone takes that long.
+# On a CPU only as much as runs in a minute; compiling transformers' decode alone takes that long.
 DEFAULTS = {
     "cuda": dict(
         batch=[1, 8, 32, 64], visual=[576, 1152, 2880], visual_batch=8, compile_batch=[1], steps=32, repeats=5
@@ -22,7 +23,7 @@ DEFAULTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    columns = [column for column in COLUMNS if column != "batched"]  # every column has a batch here
+    columns = [column for column in COLUMNS if column != "batched"]  # here every column has a batch
     for name, known in (("--phases", list(PHASES)), ("--columns", columns)):
         metavar = name.strip("-")[:-1].upper()
         parser.add_argument(name, nargs="+", choices=known, default=known, metavar=metavar, help=" ".join(known))
@@ -60,7 +61,7 @@ class Latency:
         self.columns = Columns(models, self._limits, args.steps, args.compile_batch)
 
     def places(self, phase: str) -> list[tuple[int, int]]:
-        """(batch, visual tokens) of the phase's cells."""
+        """Returns (batch, visual tokens) of the phase's cells."""
         if phase in ("tower", "first") and self.config.vision_config is None:
             return []
         if phase == "visual":
@@ -73,9 +74,9 @@ class Latency:
         if phase == "generate":
             timings = self._rate_of_generate(prompts)
         else:
-            timings = self._race(getattr(self.columns, phase)(prompts))
+            timings = self._race(self.columns.jobs(phase, prompts))
         self.columns.clear()
-        # here and now, so that a run that is cut short has said something
+        # at once, so that an interrupted run has reported something
         found = (f"{column} {t.failure or f'{1000 * t.median:.2f} ms'}" for column, t in timings.items())
         progress(f"{phase}, batch {batch}, {visual} visual tokens: {', '.join(found)}")
         return [as_cell(phase, batch, visual, column, timing, timings) for column, timing in timings.items()]
@@ -85,9 +86,9 @@ class Latency:
         return race(wanted, self.args.repeats, self.device)
 
     def _rate_of_generate(self, prompts: Prompts) -> dict[str, Timing]:
-        """The time of long answers less that of answers of one token, by the step."""
-        whole = self._race(self.columns.generate(prompts, self.args.steps + 1))
-        first = self._race(self.columns.generate(prompts, 1))
+        """Returns the time of a step: that of long answers less that of answers of one token, divided by the steps."""
+        whole = self._race(self.columns.jobs("generate", prompts, self.args.steps + 1))
+        first = self._race(self.columns.jobs("generate", prompts, 1))
         for name, timing in whole.items():
             timing.failure = timing.failure or first[name].failure
             pairs = zip(sorted(timing.seconds), sorted(first[name].seconds))
@@ -95,21 +96,21 @@ class Latency:
         return whole
 
     def _limits(self, variant: str) -> dict:
-        """Room for the largest cell, as far as the card has it: more is reported as out of memory."""
+        """Returns room for the largest cell, as far as the card has it; beyond that a cell is out of memory."""
         args, model = self.args, self.models.wired(variant)
         places = [place for phase in args.phases for place in self.places(phase)]
         batch, beside = max(b for b, _ in places), args.prefix + args.text + args.steps
-        rows = [args.prefix + b * (beside + (visual if variant == "dense" else 0)) for b, visual in places]
-        bytes_of_visual, bytes_of_row = kv_bytes(model.config, self.models.dtype.itemsize)
+        tokens = [args.prefix + b * (beside + (visual if variant == "dense" else 0)) for b, visual in places]
+        bytes_of_visual, bytes_of_text = kv_bytes(model.config, self.models.dtype.itemsize)
         kept = bytes_of_visual * (variant == "accel") + self.config.text_config.hidden_size * self.models.dtype.itemsize
-        wanted = max(rows) * bytes_of_row
+        wanted = max(tokens) * bytes_of_text
         if self.device.type == "cuda":
             wanted = min(wanted, torch.cuda.mem_get_info(self.device)[0] // 2)
         return dict(max_batch=batch, kv_bytes=wanted, image_memory_bytes=batch * self.tokens * kept)
 
     @property
     def decoder_bytes(self) -> int:
-        """Weights that every step reads."""
+        """Bytes of the weights that every step reads."""
         model = self.models.accel
         parts = [*model.model.layers.parameters(), *model.model.norm.parameters(), *model.lm_head.parameters()]
         return sum(p.numel() * p.element_size() for p in parts)
@@ -120,7 +121,7 @@ def as_cell(phase, batch, visual, column, timing: Timing, others: dict[str, Timi
     cell = dict(phase=phase, batch=batch, visual=visual, column=column, ms=ms)
     cell |= dict(all_ms=[1000 * s for s in timing.seconds], first_s=timing.first_seconds, failure=timing.failure)
     referee = others.get(REFEREES.get(column))
-    cell["tokens"] = timing.tokens if ms else None  # the first ones; in decoding the last
+    cell["tokens"] = timing.tokens if ms else None  # the first tokens; the last ones in decoding
     if phase in ("prefill", "visual", "first") and ms and referee is not None and referee.tokens:
         cell["as_referee"] = sum(x == y for x, y in zip(timing.tokens, referee.tokens)) / batch
     return cell

@@ -1,4 +1,4 @@
-"""The latency measurement as tables: a phase each, a column of the measurement a line."""
+"""Formats the latency measurement as tables, one a phase, with a line for each column of the measurement."""
 
 import argparse
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ PHASES = {
     "decode": "decode, ms a step, over {args.steps} steps",
     "generate": "decode through engine.generate, ms a step",
 }
-# Whose first tokens a column's should equal; in half precision a few differ.
+# The column whose first tokens a column's should equal; in half precision a few differ.
 REFEREES = {"dense": "transformers", "accel": "mask", "nothing": "mask", "prefix": "mask", "image": "mask"}
-# Where nothing that is kept can show.
+# Titles for phases in which kept parts make no difference.
 TITLES = {("tower", "accel"): "ours, plain model"}
 TITLES |= {(phase, "prefix"): "ours, accel, engine" for phase in ("tower", "decode", "generate")}
 KEPT = {
@@ -40,7 +40,8 @@ class Setting:
         return 1000 * self.decoder_bytes / self.copy_rate
 
     def floor_ms(self, batch: int, visual: int, kept: dict) -> float:
-        """What the ceilings allow a prefill: all weights read once, or all its products at the product's rate."""
+        """Returns the least time that the ceilings allow a prefill: all weights read once, or all products at the
+        product's rate."""
         flops = batch * prefill_flops(self.config, self.args.prefix, visual, self.args.text, **kept).total
         return max(self.read_ms, 1000 * flops / self.product_rate)
 
@@ -65,7 +66,7 @@ def phase_table(phase: str, cells: list[dict], setting: Setting) -> str:
 
 
 def entry(cell: dict, peer: dict | None) -> str:
-    """Milliseconds, and how many times faster than transformers."""
+    """Returns milliseconds, and the speedup over transformers."""
     if not cell["ms"]:
         return cell["failure"] if cell["failure"] == "out of memory" else "see below"
     return f"{cell['ms']:.2f} {ratio(cell['ms'], peer and peer['ms']):>6}"

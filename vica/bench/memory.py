@@ -1,8 +1,9 @@
-"""Memory that requests hold while they run: K/V by measurement and by formula, and the device's peak."""
+"""Measures the memory of running requests: K/V by measurement and by formula, and the device's peak."""
 
 import argparse
 import gc
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ from .models import Models
 from .report import COLUMNS, Report, own_failures, ratio
 
 DEFAULTS = {"cuda": dict(requests=36, answer=16), "cpu": dict(requests=18, answer=4)}
-MEASURED = {"transformers": "dense", "dense": "dense", "prefix": "accel"}  # columns, and what their formula is
+# columns, and the variant whose formula applies
+MEASURED = {"transformers": "dense", "dense": "dense", "prefix": "accel"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass
-class Held:
-    """Bytes of K/V of the running requests and their images, and beside them of all features that are kept."""
+class Usage:
+    """Bytes of K/V of the running requests and their images, and of all kept features."""
 
     requests: int = 0
     text: int = 0
@@ -60,25 +62,25 @@ def run(args: argparse.Namespace, models: Models) -> Report:
 
 def measure(models: Models, shape: Shape, column: str, requests: int, questions: int) -> dict:
     prompts = Prompts(models.config, requests, shape, models.device, models.dtype)
-    timing, held, before = Timing(), Held(), allocated(models.device)
+    timing, usage, before = Timing(), Usage(), allocated(models.device)
     with failures_noted(timing, models.device):
         features = [prompts.features[i // questions] for i in range(requests)]
         if column == "transformers":
-            held = transformers_holds(models, prompts, features)
+            usage = usage_of_transformers(models, prompts, features)
         else:
-            held = engine_holds(models, prompts, features, MEASURED[column])
-    progress(f"memory, {column}, {questions} questions an image: {timing.failure or f'{held.kv / 1e6:.3f} MB'}")
-    counted = Counted(models.wired(MEASURED[column]).config, models.dtype.itemsize, shape)
+            usage = peak_usage_of_engine(models, prompts, features, MEASURED[column])
+    progress(f"memory, {column}, {questions} questions an image: {timing.failure or f'{usage.kv / 1e6:.3f} MB'}")
+    formula = Formula(models.wired(MEASURED[column]).config, models.dtype.itemsize, shape)
     # transformers shares nothing between requests
-    shared = held.requests * counted.alone if column == "transformers" else counted.together(held)
-    cell = dict(column=column, questions=questions, failure=timing.failure, running=held.requests)
-    cell |= dict(kv_bytes=held.kv, text_bytes=held.text, image_bytes=held.images, feature_bytes=held.features)
-    return cell | dict(formula_bytes=shared, alone_bytes=counted.alone, peak_bytes=peak_above(before, models.device))
+    shared = usage.requests * formula.alone if column == "transformers" else formula.together(usage)
+    cell = dict(column=column, questions=questions, failure=timing.failure, running=usage.requests)
+    cell |= dict(kv_bytes=usage.kv, text_bytes=usage.text, image_bytes=usage.images, feature_bytes=usage.features)
+    return cell | dict(formula_bytes=shared, alone_bytes=formula.alone, peak_bytes=peak_above(before, models.device))
 
 
 @dataclass
-class Counted:
-    """K/V by formula. The last token's are never needed."""
+class Formula:
+    """K/V bytes by formula. The last token of an answer needs no K/V."""
 
     config: ViCAConfig
     itemsize: int
@@ -86,56 +88,59 @@ class Counted:
 
     @property
     def alone(self) -> int:
-        """Of one request."""
-        return self.together(Held(requests=1, number_of_images=1))
+        """Bytes of one request."""
+        return self.together(Usage(requests=1, number_of_images=1))
 
-    def together(self, held: Held) -> int:
-        """The prefix once, each image once (dense: once a request), each request's text and the answer it may give."""
-        of_visual, of_row = kv_bytes(self.config, self.itemsize)
-        images = held.requests if self.config.plan[0].updates else held.number_of_images
-        rows = self.shape.prefix + held.requests * (self.shape.text + self.shape.answer - 1)
-        return rows * of_row + images * self.shape.visual * of_visual
+    def together(self, usage: Usage) -> int:
+        """Returns the bytes of the prefix once, each image once (dense: once a request), and each request's text and
+        longest answer."""
+        bytes_of_visual, bytes_of_text = kv_bytes(self.config, self.itemsize)
+        images = usage.requests if self.config.plan[0].updates else usage.number_of_images
+        tokens = self.shape.prefix + usage.requests * (self.shape.text + self.shape.answer - 1)
+        return tokens * bytes_of_text + images * self.shape.visual * bytes_of_visual
 
 
-def engine_holds(models: Models, p: Prompts, features: list[torch.Tensor], variant: str) -> Held:
+def peak_usage_of_engine(models: Models, p: Prompts, features: list[torch.Tensor], variant: str) -> Usage:
     config, shape = models.wired(variant).config, p.shape
-    of_visual, of_row = kv_bytes(config, models.dtype.itemsize)
-    rows = shape.prefix + shape.text + shape.answer + (shape.visual if variant == "dense" else 0)
-    room = p.batch * shape.visual * (of_visual + models.dtype.itemsize * config.text_config.hidden_size)
-    engine = models.engine(variant, max_batch=p.batch, kv_bytes=p.batch * rows * of_row, image_memory_bytes=room)
-    options = dict(max_new_tokens=shape.answer, ignore_eos=True)
+    bytes_of_visual, bytes_of_text = kv_bytes(config, models.dtype.itemsize)
+    tokens = shape.prefix + shape.text + shape.answer + (shape.visual if variant == "dense" else 0)
+    room = p.batch * shape.visual * (bytes_of_visual + models.dtype.itemsize * config.text_config.hidden_size)
+    kv_room = p.batch * tokens * bytes_of_text
+    engine = models.engine(variant, max_batch=p.batch, kv_bytes=kv_room, image_memory_bytes=room)
+    options: dict[str, Any] = dict(max_new_tokens=shape.answer, ignore_eos=True)
     requests = [Request(ids, [x], **options) for ids, x in zip(p.ids, features)]
-    most = Held()
-    for _ in engine.stream(requests):  # they enter as they are prepared: when most of them run is what counts
-        most = max(most, held_by(engine, of_row), key=lambda held: (held.requests, held.kv))
-    if failed := [r.result.error for r in requests if r.result.error]:
+    most = Usage()
+    for _ in engine.stream(requests):  # requests enter as they are prepared: the moment with most of them counts
+        most = max(most, usage_of_engine(engine, bytes_of_text), key=lambda usage: (usage.requests, usage.kv))
+    if failed := [r.result.error for r in requests if r.result and r.result.error]:
         raise RuntimeError(failed[0])
     return most
 
 
-def held_by(engine: Engine, of_row: int) -> Held:
+def usage_of_engine(engine: Engine, bytes_of_text: int) -> Usage:
     entries, pool = engine.image_memory.entries.values(), engine.runner.pool
     images = [e for e in entries if e.start != FEATURES and e.users]
-    return Held(
+    return Usage(
         len(engine.scheduler.active),
-        (pool.slots - pool.free) * of_row,
+        (pool.slots - pool.free) * bytes_of_text,
         sum(e.bytes for e in images),
         len(images),
         sum(e.bytes for e in entries if e.start == FEATURES),
     )
 
 
-def transformers_holds(models: Models, p: Prompts, features: list[torch.Tensor]) -> Held:
+def usage_of_transformers(models: Models, p: Prompts, features: list[torch.Tensor]) -> Usage:
     peer = models.transformers
     tokens, cache = peer.prefill(p.expanded(peer.image_token), torch.stack(features))
     peer.decode(tokens, cache, p.shape.answer - 1)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    return Held(p.batch, held)
+    kv = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return Usage(p.batch, kv)
 
 
 def allocated(device: torch.device) -> int | None:
-    """Now, on a card, whose peak is counted anew from here; a CPU's memory torch does not count."""
-    gc.collect()  # engines that are gone
+    """Returns the bytes in use on a card, and restarts its peak count; None on a CPU, whose memory torch does not
+    count."""
+    gc.collect()  # frees engines that are gone
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
@@ -157,10 +162,10 @@ def memory_table(cells: list[dict], questions: int, shape: Shape, args: argparse
         if c["failure"]:
             rows.append((name, "-", c["failure"], "-", "-", alone, "-", peak))
         else:
-            held, n = each[c["column"]], c["running"]
+            kv, n = each[c["column"]], c["running"]
             counted, features = megabytes(c["formula_bytes"] / n), megabytes(c["feature_bytes"] / n)
-            against = ratio(held, each.get("dense"))
-            rows.append((name, n, megabytes(held), counted, against, alone, features, peak))
+            against = ratio(kv, each.get("dense"))
+            rows.append((name, n, megabytes(kv), counted, against, alone, features, peak))
     what = f"{args.requests} requests at once, {questions} on each image, {shape} tokens and room for {shape.answer}"
     note = "alone: by formula, nothing shared. peak: above the weights, the room that the engine took included"
     return "\n".join([what, "", table(rows), note])

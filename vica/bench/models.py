@@ -1,4 +1,5 @@
-"""What is measured: a real checkpoint, or random weights of a published shape, wired as each column needs it."""
+"""Provides the models to measure: a real checkpoint, or random weights of a published shape, in each column's
+variant."""
 
 import argparse
 from functools import cached_property
@@ -62,14 +63,15 @@ def preset_config(name: str) -> ViCAConfig:
 
 
 def read_config(args: argparse.Namespace, wiring: dict) -> ViCAConfig:
-    """The model's settings as `accel`, without its weights. `wiring`: what the user asks for in place of them."""
+    """Returns the model's config as `accel`, without its weights. `wiring` holds the user's settings that replace
+    it."""
     if args.model is None:
         return files.apply_settings(preset_config(args.preset), **wiring)
     return files.read_config(files.find_folder(args.model, weights=False), **wiring)
 
 
 def random_model(config: ViCAConfig, device, dtype, seed: int = 0) -> ViCAForConditionalGeneration:
-    """Filled on the device itself: weights that keep the size of what passes through them."""
+    """Returns a model that is filled on the device itself, with weights that preserve the size of activations."""
     with torch.device("meta"):
         model = ViCAForConditionalGeneration(config)
     model = model.to(dtype).to_empty(device=device).eval()
@@ -85,7 +87,7 @@ def random_model(config: ViCAConfig, device, dtype, seed: int = 0) -> ViCAForCon
 
 
 class Models:
-    """One set of weights under every wiring, held once."""
+    """One set of weights under every variant, held in memory once."""
 
     def __init__(self, model: ViCAForConditionalGeneration, processor: ViCAProcessor | None):
         self.accel, self.processor, self.config = model, processor, model.config

@@ -1,6 +1,7 @@
-"""transformers' own LLaVA on the weights of the model that is measured, which it shares."""
+"""transformers' own LLaVA on the weights of the measured model, which it shares."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -10,9 +11,14 @@ from ..plan import formats
 from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
 
+Config = TypeVar("Config")
+Net = TypeVar("Net", bound=nn.Module)
 
-def share(make: Callable, config, weights: dict[str, nn.Parameter], device, renamed=lambda name: name) -> nn.Module:
-    """A model that holds these very parameters, so that it also follows them where an engine fuses them."""
+
+def share(
+    make: Callable[[Config], Net], config: Config, weights: dict[str, nn.Parameter], device, renamed=lambda name: name
+) -> Net:
+    """Returns a model that holds these very parameters, so that it follows them when an engine fuses them."""
     with torch.device("meta"):
         model = make(config)
     model.load_state_dict({name: weights[renamed(name)] for name in model.state_dict()}, assign=True)
@@ -21,11 +27,11 @@ def share(make: Callable, config, weights: dict[str, nn.Parameter], device, rena
 
 
 def fill_tables(model: nn.Module, device) -> None:
-    """Makes again what no checkpoint holds, and the meta device does not either."""
+    """Refills the buffers that neither a checkpoint nor the meta device holds."""
     for module in model.modules():
         tables = module._buffers
-        if "position_ids" in tables:
-            tables["position_ids"] = torch.arange(tables["position_ids"].shape[-1], device=device)[None]
+        if (places := tables.get("position_ids")) is not None:
+            tables["position_ids"] = torch.arange(places.shape[-1], device=device)[None]
         if "inv_freq" in tables:
             fresh = type(module)(module.config)
             tables.update(fresh.named_buffers())
@@ -37,7 +43,8 @@ def fill_tables(model: nn.Module, device) -> None:
 
 
 def llava_config(config: ViCAConfig) -> LlavaConfig:
-    """The placeholder is the last word of the vocabulary, which prompts here never use: the weights fit as they are."""
+    """Returns transformers' config. The placeholder is the last word of the vocabulary, which prompts here never use,
+    so the weights fit as they are."""
     tower = None if config.vision_config is None else config.vision_config.model_type
     if tower not in formats.CLASS_TOKENS or config.mm_projector_type != "mlp2x_gelu":
         raise ViCAError("transformers' LLaVA wants a CLIP or SigLIP tower and an mlp2x_gelu projector")
@@ -46,7 +53,7 @@ def llava_config(config: ViCAConfig) -> LlavaConfig:
 
 
 class Transformers:
-    """Its stock forward with SDPA, on prepared tensors."""
+    """transformers' stock forward with SDPA, on prepared tensors."""
 
     def __init__(self, config: ViCAConfig, weights: dict[str, nn.Parameter], device):
         settings = llava_config(config)
@@ -54,7 +61,7 @@ class Transformers:
         self.model = share(
             LlavaForConditionalGeneration, settings, weights, device, lambda name: formats.our_name(name, "hf")
         )
-        self.model.generation_config.eos_token_id = None  # lengths are forced
+        self.model.generation_config.eos_token_id = None  # answers have a forced length
         self.language = self.model.model.language_model
         self.image_token = settings.image_token_index
 
@@ -64,7 +71,8 @@ class Transformers:
 
     @torch.no_grad()
     def prefill(self, ids: torch.Tensor, features: torch.Tensor | None = None, cache=None) -> tuple:
-        """First tokens [B] and the cache. `ids` hold the placeholder once for each of `features` [B, tokens, width]."""
+        """Returns first tokens [B] and the cache. `ids` hold one placeholder for each token of `features` [B, tokens,
+        width]."""
         hidden = self.language.embed_tokens(ids)
         if features is not None:
             hidden = hidden.masked_scatter((ids == self.image_token)[..., None], features)
@@ -91,12 +99,12 @@ class Transformers:
         return StaticCache(config=self.model.config.get_text_config(), max_cache_len=room)
 
     def compiled(self) -> Callable:
-        """`next_token` compiled and captured."""
+        """Returns `next_token` compiled and captured."""
         step = torch.compile(self.next_token, mode="reduce-overhead", dynamic=False)
 
         def call(tokens, cache):
             torch.compiler.cudagraph_mark_step_begin()
-            return step(tokens.clone(), cache)  # the token lies where the next step writes its own
+            return step(tokens.clone(), cache)  # the next step overwrites the token's memory
 
         return call
 

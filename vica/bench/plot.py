@@ -1,9 +1,9 @@
-"""Times of the latency measurement as a picture: against the batch, and against an image's visual tokens."""
+"""Plots the times of the latency measurement against the batch, and against an image's visual tokens."""
 
 from ..utils.errors import ViCAError
 from .report import COLUMNS
 
-# Phase of the cells, what lies on the x axis, its label, the panel's title.
+# Phase of the cells, quantity on the x axis, its label, title of the panel.
 PANELS = (
     ("prefill", "batch", "batch", "prefill, {visual} visual tokens"),
     ("visual", "visual", "visual tokens an image", "prefill, batch {batch}"),
@@ -13,7 +13,7 @@ PANELS = (
 
 
 def require():
-    """matplotlib, which only plots need."""
+    """Returns pyplot. Only plots need matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -24,7 +24,7 @@ def require():
     return pyplot
 
 
-def draw(path: str, cells: list[dict], title: str) -> None:
+def save_plot(path: str, cells: list[dict], title: str) -> None:
     pyplot = require()
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -37,7 +37,7 @@ def draw(path: str, cells: list[dict], title: str) -> None:
         axis.remove()
     for axis, (phase, over, label, name) in zip(axes.flat, panels):
         shown = [cell for cell in cells if cell["phase"] == phase]
-        draw_lines(axis, shown, over)
+        plot_lines(axis, shown, over)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=name.format(**shown[0]))
         ticks = sorted({cell[over] for cell in shown})
         axis.set_xticks(ticks, labels=map(str, ticks))
@@ -55,7 +55,7 @@ def draw(path: str, cells: list[dict], title: str) -> None:
     pyplot.close(figure)
 
 
-def draw_lines(axis, cells: list[dict], over: str) -> None:
+def plot_lines(axis, cells: list[dict], over: str) -> None:
     for place, (column, name) in enumerate(COLUMNS.items()):
         points = sorted((cell[over], cell["ms"]) for cell in cells if cell["column"] == column and cell["ms"])
         if points:

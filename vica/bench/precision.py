@@ -24,8 +24,9 @@ BOUND = 1.25
 IMAGE = -200
 SEVEN_B = dict(hidden_size=4096, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)
 T2V_LAYERS = [0, 1, 7, 8, 9, 10, 11, 14]
-# Rows as (tokens before, image sizes each followed by text). "ragged" mixes lengths, sizes, counts and a text row.
-LAYOUTS = {
+# Sequences as (tokens before, image sizes each followed by text). "ragged" mixes lengths, sizes, counts and a sequence
+# without an image.
+BATCHES = {
     "uniform": [(35, [(576, 25)])] * 4,
     "ragged": [(35, [(576, 25)]), (12, [(576, 3), (144, 60)]), (0, [(576, 90)]), (70, [])],
 }
@@ -39,18 +40,18 @@ def build(layers: int, device, dtype) -> ViCAForConditionalGeneration:
     return random_model(config, device, dtype)
 
 
-def make_inputs(layout, width: int, device) -> dict:
+def make_inputs(batch, width: int, device) -> dict:
     random = torch.Generator().manual_seed(1)
-    rows, features = [], []
-    for before, images in layout:
-        row = torch.randint(3, 32000, (before,), generator=random).tolist()
+    sequences, features = [], []
+    for before, images in batch:
+        one = torch.randint(3, 32000, (before,), generator=random).tolist()
         for size, after in images:
-            row += [IMAGE, *torch.randint(3, 32000, (after,), generator=random).tolist()]
+            one += [IMAGE, *torch.randint(3, 32000, (after,), generator=random).tolist()]
             features.append((torch.randn(size, width, generator=random) * 0.8).to(device))
-        rows.append(row)
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        sequences.append(one)
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[0] * (longest - len(s)) + s for s in sequences])
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
     return dict(input_ids=ids.to(device), attention_mask=mask.to(device), image_features=features)
 
 
@@ -65,7 +66,7 @@ def text_logits(model, inputs, variant: str, kernel: str | None) -> torch.Tensor
 
 
 def gradients(model, inputs, variant: str, kernel: str | None) -> torch.Tensor:
-    """All gradients that reach the image features, as one vector."""
+    """Returns all gradients that reach the image features, as one vector."""
     model.set_variant(variant)
     model.model.kernel_name = kernel
     features = [x.to(model.dtype).requires_grad_() for x in inputs["image_features"]]
@@ -80,7 +81,7 @@ def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def runs() -> list[tuple[str, str]]:
-    """(variant, kernel), mask first."""
+    """Returns (variant, kernel) pairs, mask first."""
     kernels = ["sdpa", "varlen"] if torch.cuda.is_available() else ["sdpa"]
     kernels += ["flash_attn"] if find_spec("flash_attn") else []
     return [("mask", "sdpa"), ("mask", "eager"), *(("accel", k) for k in [*kernels, "eager"])]
@@ -88,11 +89,11 @@ def runs() -> list[tuple[str, str]]:
 
 def compare(layers: int, dtype: torch.dtype, device) -> list[tuple]:
     model = build(layers, device, dtype)
-    inputs = {name: make_inputs(layout, SEVEN_B["hidden_size"], device) for name, layout in LAYOUTS.items()}
+    inputs = {name: make_inputs(batch, SEVEN_B["hidden_size"], device) for name, batch in BATCHES.items()}
     half = {(n, r): text_logits(model, x, *r) for n, x in inputs.items() for r in runs()}
     half_grads = {r: gradients(model, inputs["ragged"], *r) for r in runs()} if layers <= 8 else {}
     model = model.float()
-    rows = []
+    rows: list[tuple] = []
     for name, x in inputs.items():
         reference = text_logits(model, x, "mask", "sdpa")
         own = relative(half[name, ("mask", "sdpa")], reference)

@@ -1,4 +1,4 @@
-"""What a measurement says: tables to read, and one JSON object with all raw figures and where they come from."""
+"""Reports a measurement: tables to read, and one JSON object with all raw figures and their origin."""
 
 import json
 import platform
@@ -29,15 +29,16 @@ OWN = ("mask", "dense", "accel", "stored", "nothing", "prefix", "image")
 
 @dataclass
 class Report:
-    sections: list[str]  # in print
-    figures: dict  # raw, JSON's types only
+    sections: list[str]  # for print
+    figures: dict  # raw, in JSON's types only
     failures: list[str] = field(default_factory=list)
 
 
 def origin(commit: str | None) -> dict:
-    """A figure never travels alone."""
+    """Returns the hardware, versions, command and commit that belong to every figure."""
     cuda = torch.cuda.is_available()
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # its folders tell nothing
+    # without folders, which say nothing to others
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "hardware": torch.cuda.get_device_name()
         if cuda
@@ -52,7 +53,7 @@ def origin(commit: str | None) -> dict:
 
 
 def git_commit() -> str:
-    """Of the checkout that this file lies in, if it is one."""
+    """Returns the commit of the checkout that holds this file; empty if there is none."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
@@ -82,7 +83,7 @@ def as_json(about: dict, figures: dict) -> str:
 
 
 def own_failures(cells: list[dict]) -> list[str]:
-    """Of our own columns: bugs, where a peer's failure and a full card are findings."""
+    """Returns the failures of our own columns, which are bugs. A peer's failure or a full card is a finding."""
     bugs = [c for c in cells if c["column"] in OWN and c["failure"] not in (None, "out of memory")]
     return [f"{c['column']}: {c['failure']}" for c in bugs]
 

@@ -1,4 +1,5 @@
-"""Questions a second on a workload shaped like POPE: many questions on few images, answers of up to four tokens."""
+"""Measures questions a second on a workload shaped like POPE: many questions on few images, answers of up to four
+tokens."""
 
 import argparse
 import gc
@@ -6,6 +7,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +22,14 @@ from .inputs import Prompts, Shape, write_pictures
 from .models import Models
 from .report import COLUMNS, Report, own_failures, ratio
 
-POPE_QUESTIONS, POPE_IMAGES, POPE_PARTS = 8910, 500, 3  # each part asks some questions on every image
+POPE_QUESTIONS, POPE_IMAGES, POPE_PARTS = 8910, 500, 3  # each part asks a few questions on every image
 DEFAULTS = {
     "cuda": dict(questions=POPE_QUESTIONS, peer_questions=128, peer_batch=[8, 16, 32, 64], repeats=3),
     "cpu": dict(questions=54, peer_questions=2, peer_batch=[2, 4], repeats=1),
 }
 WARM_UP_BATCHES = 4
 NOTE = "ours from JPEG files to answers; transformers from prepared pixels and ids of one length, which favours it"
-# The engine's columns: variant, and what outlives a request.
+# The engine's columns: the variant, and options that say which results outlive a request.
 ENGINES = {
     "dense": ("dense", {}),
     "nothing": ("accel", dict(keep_prefix=False, keep_images=False)),
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Workload:
-    """Question i is about picture `picture[i]`."""
+    """Prompts, pictures and answer length. Question i is about picture `picture[i]`."""
 
     prompts: Prompts
     pictures: list[Path]
@@ -60,7 +62,7 @@ class Workload:
     answer: int
 
     def requests(self, count: int) -> list[Request]:
-        options = dict(max_new_tokens=self.answer, ignore_eos=True)
+        options: dict[str, Any] = dict(max_new_tokens=self.answer, ignore_eos=True)
         pairs = zip(self.prompts.ids[:count], self.picture)
         return [Request(ids, [self.pictures[at]], **options) for ids, at in pairs]
 
@@ -81,13 +83,14 @@ def run(args: argparse.Namespace, models: Models) -> Report:
 
 
 def pope_order(questions: int, images: int) -> list[int]:
-    """POPE's three parts go through all images each, with a few questions on one image after another."""
+    """Returns the picture of each question. Each of POPE's three parts goes through all images, with a few questions on
+    one image after another."""
     part = -(-questions // POPE_PARTS)
     return [(i % part) * images // part for i in range(questions)]
 
 
 def measure(args: argparse.Namespace, models: Models, work: Workload) -> list[dict]:
-    """transformers first: an engine takes what memory it finds."""
+    """Returns all cells. transformers comes first, because an engine takes the memory that it finds free."""
     cells, batches = [], {"transformers": [1], "batched": args.peer_batch}
     for column in (c for c in NAMES if c in args.columns):
         if column in ENGINES:
@@ -107,7 +110,8 @@ def cell_of(column: str, batch: int | None, questions: int, images: int, timing:
 
 
 def peer_cell(args: argparse.Namespace, models: Models, work: Workload, column: str, batch: int) -> dict:
-    """Its pixels and ids are prepared before the clock starts, and all prompts have one length: that favours it."""
+    """Measures transformers. Its pixels and ids are prepared before the clock starts, and all prompts have one length:
+    both favour it."""
     count = min(len(work.picture), max(args.peer_questions, 2 * batch))
     count = max(batch, count - count % batch)
     timing = Timing()
@@ -135,21 +139,22 @@ def pixels_of(models: Models, work: Workload, count: int) -> torch.Tensor:
 
 
 def engine_cell(args: argparse.Namespace, models: Models, work: Workload, column: str) -> dict:
-    """End to end, from the files of the pictures, which each run meets for the first time."""
+    """Measures the engine end to end, from picture files that are new to it in each run."""
     variant, options = ENGINES[column]
     count = min(args.questions, args.peer_questions) if variant == "dense" else args.questions
     timing, requests = Timing(), work.requests(count)
     with failures_noted(timing, models.device):
         engine = models.engine(variant, max_batch=args.max_batch, **options)
         warm_up = requests[: WARM_UP_BATCHES * engine.max_batch]
-        timing.first_seconds, _ = timed(lambda: answer_all(engine, warm_up), models.device)  # compiles and captures
+        timing.first_seconds, _ = timed(lambda: answer_all(engine, warm_up), models.device)  # it compiles and captures
         for repeat in range(1, 1 + args.repeats):
             engine.image_memory.clear()
-            for picture in work.pictures:  # not seen before, and yet not so new that it might still be written to
+            # a new time makes the file unseen, and an old one keeps it from counting as still being written
+            for picture in work.pictures:
                 os.utime(picture, (repeat, repeat))
             timing.seconds.append(timed(lambda: answer_all(engine, requests), models.device)[0])
     engine = None
-    gc.collect()  # its memory is the next one's
+    gc.collect()  # frees its memory for the next engine
     if models.device.type == "cuda":
         torch.cuda.empty_cache()
     return cell_of(column, None, count, len(set(work.picture[:count])), timing)
@@ -172,10 +177,10 @@ def throughput_table(cells: list[dict], args: argparse.Namespace, images: int, s
 
 
 def best_cells(cells: list[dict]) -> list[dict]:
-    """One a column: transformers' best batch, or if all failed the first."""
+    """Returns one cell a column: transformers' best batch, or the first if all failed."""
     best: dict[str, dict] = {}
     for cell in cells:
-        held = best.get(cell["column"])
-        if held is None or (cell["questions_per_s"] or 0) > (held["questions_per_s"] or 0):
+        leader = best.get(cell["column"])
+        if leader is None or (cell["questions_per_s"] or 0) > (leader["questions_per_s"] or 0):
             best[cell["column"]] = cell
     return list(best.values())

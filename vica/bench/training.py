@@ -1,8 +1,9 @@
-"""Training steps of both stages: samples a second and peak memory of accel beside dense, mask and transformers.
+"""Measures training steps of both stages: samples a second and peak memory of accel beside dense, mask and
+transformers.
 
-Every column sees the same batches and weights: packed rows on a flash kernel for accel and dense, padded rows with a
-mask for mask and transformers. A step is forward, backward with gradient checkpointing, and AdamW on what learns, its
-rate zero so that no column trains on another's result.
+Every column sees the same batches and weights: packed sequences on a flash kernel for accel and dense, padded ones with
+a mask for mask and transformers. A step is forward, backward with gradient checkpointing, and AdamW on the trained
+weights, with a rate of zero so that no column trains on another's result.
 """
 
 import argparse
@@ -30,14 +31,16 @@ COLUMNS = {
     "stored": "  the same, without checkpointing",
 }
 LEARNING = {"pretrain": Trained(("projector",)), "finetune": Trained(("projector", "language model"))}
-VARIANTS = {"transformers": "dense", "stored": "accel"}  # of columns that are not named like theirs
+VARIANTS = {"transformers": "dense", "stored": "accel"}  # for columns that are not named after their variant
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Text lengths like those of LLaVA's mixes: lognormal of this mean and spread, cut to what the recipe allows.
-    `prefix`: tokens before the image. `answered`: the share of the text behind it that has labels. `plain`: one sample
-    in so many has no image (0: none)."""
+    """Text lengths like those of LLaVA's mixes: lognormal with this mean and spread, cut to the recipe's limit.
+
+    `prefix`: tokens before the image. `answered`: the share of the text after it that has labels. `plain`: one sample
+    in so many has no image (0: none).
+    """
 
     mean: int
     spread: float
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace, models: Models) -> Report:
 
 
 def make_batches(models: Models, mix: Mix, samples: int, size: int, seed: int) -> list[dict]:
-    """Right-padded on the host, as the trainer's collator makes them."""
+    """Returns right-padded batches on the host, as the trainer's collator makes them."""
     lengths = mix.lengths(samples, seed)
     return [make_batch(models.config, mix, lengths[i : i + size], seed + i) for i in range(0, samples, size)]
 
@@ -100,7 +103,7 @@ def make_batch(config, mix: Mix, lengths: np.ndarray, seed: int) -> dict:
         labels[row, first:end] = ids[row, first:end]
         if has_image:
             ids[row, mix.prefix] = config.image_token_index
-            labels[row, : mix.prefix + 2] = IGNORE  # nothing is predicted from an image's place
+            labels[row, : mix.prefix + 2] = IGNORE  # nothing is predicted from an image's position
             images += 1
     side = config.vision_config.image_size
     pixels = torch.randn(images, 3, side, side, generator=random)
@@ -109,8 +112,9 @@ def make_batch(config, mix: Mix, lengths: np.ndarray, seed: int) -> dict:
 
 
 def measure(models: Models, stage: str, column: str, batches: list[dict], repeats: int, peak: float) -> dict:
-    """Seconds of a round over all batches."""
-    timing, losses = Timing(), []
+    """Returns a column's cell, with the seconds of each round over all batches."""
+    timing = Timing()
+    losses: list[torch.Tensor] = []
     samples = sum(len(b["input_ids"]) for b in batches)
     with failures_noted(timing, models.device):
         subject = (Peer if column == "transformers" else Ours)(models, column, stage)
@@ -132,15 +136,15 @@ def measure(models: Models, stage: str, column: str, batches: list[dict], repeat
 
 
 def counted(config, stage: str, batches: list[dict]) -> float:
-    rows = (row for batch in batches for row in count_tokens(config, batch))
-    return passes(LEARNING[stage]) * sum(sample_flops(config, *row) for row in rows)
+    samples = (counts for batch in batches for counts in count_tokens(config, batch))
+    return passes(LEARNING[stage]) * sum(sample_flops(config, *counts) for counts in samples)
 
 
 class Ours:
     def __init__(self, models: Models, variant: str, stage: str):
         self.config, self.device = models.config, models.device
         self.model = self.wired(models, variant)
-        # The others hold the very parameters of accel, and unfroze them when they were made.
+        # The other variants share accel's parameters, and unfroze them when they were made.
         freeze(models.accel, LEARNING[stage])
         if self.checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
@@ -165,14 +169,14 @@ class Ours:
         return self.model(**batch, skip_logits=True).loss
 
     def close(self) -> None:
-        """Leaves the shared weights as they were found."""
+        """Leaves the shared weights as they were."""
         del self.optimizer
         self.model.requires_grad_(False).eval()
         getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)()
 
 
 class Peer(Ours):
-    """transformers' own LLaVA, whose placeholders are one for each visual token."""
+    """transformers' own LLaVA, which takes a placeholder for each visual token."""
 
     checkpointing = True
 
@@ -204,7 +208,7 @@ def stage_table(stage: str, cells: list[dict], batches: list[dict]) -> str:
         f"{stage}: {samples} samples ({images} with an image), {(text - images) / samples:.0f} text tokens each, "
         f"{len(batches[0]['input_ids'])} a step, gradient checkpointing"
     )
-    rows = [("", "samples/s", "against dense", "against mask", "peak, GB", "FLOP use")]
+    rows: list[tuple] = [("", "samples/s", "against dense", "against mask", "peak, GB", "FLOP use")]
     for cell in cells:
         rate = cell.get("samples_per_s")
         if rate is None:
@@ -212,6 +216,7 @@ def stage_table(stage: str, cells: list[dict], batches: list[dict]) -> str:
             continue
         memory = f"{cell['peak_bytes'] / 1e9:.1f}" if cell["peak_bytes"] else ""
         use = f"{cell['flop_use']:.0%}" if "flop_use" in cell else ""
-        against = [ratio(1 / rate, 1 / by[x]) if by.get(x) else "" for x in ("dense", "mask")]
+        others = [by.get(x) for x in ("dense", "mask")]
+        against = [ratio(1 / rate, 1 / other) if other else "" for other in others]
         rows.append((COLUMNS[cell["column"]], f"{rate:.2f}", *against, memory, use))
     return f"{title}\n\n{table(rows)}"

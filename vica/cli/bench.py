@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     if getattr(args, "plot", None):
-        plot.draw(args.plot, found.figures["cells"], report.title(about, what))
+        plot.save_plot(args.plot, found.figures["cells"], report.title(about, what))
     if found.failures:
         raise ViCAError(f"{len(found.failures)} of our own columns failed; {found.failures[0]}")
 

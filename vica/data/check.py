@@ -1,4 +1,4 @@
-"""All samples read once, before days of training depend on them."""
+"""Checks all samples before days of training depend on them."""
 
 import os
 from collections import Counter
@@ -14,12 +14,12 @@ from .processor import ViCAProcessor
 from .samples import Samples
 from .training import Broken, check_folder, check_record, id_of, image_source, images_of
 
-_AT_ONCE = 32  # samples that a worker hands over together
+_AT_ONCE = 32  # samples that a loader worker hands over at once
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one sample holds, or why it is broken."""
+    """Counts of one sample, or the reason why it is broken."""
 
     id: str
     turns: int = 0
@@ -54,7 +54,7 @@ class Summary:
 
 
 class Check(Dataset):
-    """A finding for each sample. Without a processor only the structure and the images are looked at."""
+    """Dataset with a finding for each sample. Without a processor it checks only the structure and the images."""
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class Check(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Finding:
-        record, ids, labels = self.samples[index], [], []
+        record = self.samples[index]
+        ids: list[int] = []
+        labels: list[int] = []
         name = id_of(record, self.samples.name(index))
         try:
             check_record(record)

@@ -1,4 +1,4 @@
-"""Examples of any lengths as one batch."""
+"""Collates examples of any lengths into one batch."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -8,8 +8,8 @@ from .training import Broken, Example
 
 
 class Collator:
-    """The model's inputs, padded on the right, with `sample_ids` and what was `broken` beside them. `pixel_values` are
-    there only if an image is."""
+    """Returns the model's inputs, padded on the right, with `sample_ids` and the `broken` samples beside them.
+    `pixel_values` is present only if the batch has an image."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
@@ -18,11 +18,11 @@ class Collator:
         examples = [item for item in items if isinstance(item, Example)]
         ids, labels = [item.input_ids for item in examples], [item.labels for item in examples]
         if not examples:
-            # A row that teaches nothing, in place of no batch: a rank that left out its step would let the others wait.
+            # A sequence without labels, instead of no batch: a rank that skipped its step would block the others.
             ids, labels = [torch.tensor([self.pad_id])], [torch.tensor([IGNORE])]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
             "sample_ids": [item.id for item in examples],
             "broken": [item for item in items if isinstance(item, Broken)],

@@ -9,7 +9,7 @@ A chat can be continued without rendering it again, in all templates with more t
     render(turns + [("assistant", answer), ("user", text)])
         == render(turns) + spoken + next_turn(text),    spoken = " " + answer + closing
 
-`spoken` ends with `stop`, the tokenizer's own eos token, which a model that finishes its answer has generated itself.
+`spoken` ends with `stop`, the tokenizer's own eos token, which the model generates itself when it finishes its answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ LLAMA_2_SYSTEM = (
 )
 
 
-def _vicuna_layout(system: str, texts: Sequence[str]) -> str:
+def _format_vicuna(system: str, texts: Sequence[str]) -> str:
     prompt = f"{system} "
     for turn, text in enumerate(texts):
         role, end = ("ASSISTANT", "</s>") if turn % 2 else ("USER", " ")
@@ -39,7 +39,7 @@ def _vicuna_layout(system: str, texts: Sequence[str]) -> str:
     return prompt
 
 
-def _instruction_layout(system: str, texts: Sequence[str], start: str) -> str:
+def _format_instruction(system: str, texts: Sequence[str], start: str) -> str:
     if not texts or not texts[0]:
         raise ViCAError("this template writes the system prompt into the first user turn, which must not be empty")
     prompt = ""
@@ -51,17 +51,17 @@ def _instruction_layout(system: str, texts: Sequence[str], start: str) -> str:
     return prompt.removeprefix(start)  # the tokenizer writes the first <s>
 
 
-def _llama_2_layout(system: str, texts: Sequence[str]) -> str:
-    return _instruction_layout(system, texts, start="<s>")
+def _format_llama_2(system: str, texts: Sequence[str]) -> str:
+    return _format_instruction(system, texts, start="<s>")
 
 
-def _mistral_layout(system: str, texts: Sequence[str]) -> str:
-    return _instruction_layout(system, texts, start="")
+def _format_mistral(system: str, texts: Sequence[str]) -> str:
+    return _format_instruction(system, texts, start="")
 
 
-def _plain_layout(system: str, texts: Sequence[str]) -> str:
-    """A question alone ends in a newline; with its answer it is what LLaVA's first training stage reads, where
-    nothing stands between image and caption: "<image>caption\\n"."""
+def _format_plain(system: str, texts: Sequence[str]) -> str:
+    """Returns image and caption with nothing between them, the text of LLaVA's first training stage:
+    "<image>caption\\n". A question alone ends in a newline."""
     if len(texts) > 2:
         raise ViCAError("template plain holds one question and one answer, not a chat of several turns")
     return f"{system}{''.join(texts)}\n" if any(texts) else system
@@ -69,11 +69,11 @@ def _plain_layout(system: str, texts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """One prompt format. `closing` follows an answer in the prompt; `stop` is where generation ends."""
+    """One prompt format. `closing` follows an answer in the prompt; generation ends at `stop`."""
 
     name: str
     system: str
-    layout: Callable[[str, Sequence[str]], str]
+    format: Callable[[str, Sequence[str]], str]
     closing: str
     stop: str
 
@@ -83,25 +83,25 @@ class Template:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt. `add_generation_prompt` opens the assistant's turn after a user's (after an answer there is
-        nothing to open); `continue_final_message` leaves the final answer open, for the model to go on with."""
+        """Returns the prompt. `add_generation_prompt` opens the assistant's turn after a user's (after an answer there
+        is nothing to open); `continue_final_message` leaves the final answer open, so that the model continues it."""
         system, texts = self._split(messages)
         ends_with_answer = len(texts) % 2 == 0
         if continue_final_message:
             if not ends_with_answer or not texts:
                 raise ViCAError("continue_final_message needs a conversation that ends with an assistant message")
-            return self.layout(system, texts).removesuffix(self.closing)
+            return self.format(system, texts).removesuffix(self.closing)
         if add_generation_prompt and not ends_with_answer:
             texts.append("")
-        return self.layout(system, texts)
+        return self.format(system, texts)
 
     def next_turn(self, text: str) -> str:
-        """What follows a finished answer: the user's next turn, up to the open assistant role."""
+        """Returns the text that follows a finished answer: the user's next turn, up to the open assistant role."""
         finished = ["question", "answer"]
-        return self.layout("", [*finished, text, ""]).removeprefix(self.layout("", finished))
+        return self.format("", [*finished, text, ""]).removeprefix(self.format("", finished))
 
     def _split(self, messages: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
-        """The system prompt and the texts of the turns, user first."""
+        """Returns the system prompt and the texts of the turns, user first."""
         system, turns = self.system, list(messages)
         if turns and turns[0][0] == "system":
             system = turns.pop(0)[1]
@@ -118,17 +118,17 @@ class Template:
 _TEMPLATES = {
     template.name: template
     for template in (
-        Template("plain", "", _plain_layout, closing="\n", stop="\n"),
-        Template("vicuna_v1", VICUNA_SYSTEM, _vicuna_layout, closing="</s>", stop="</s>"),
-        Template("llama_2", LLAMA_2_SYSTEM, _llama_2_layout, closing=" </s>", stop="</s>"),
-        Template("mistral", "", _mistral_layout, closing=" </s>", stop="</s>"),
+        Template("plain", "", _format_plain, closing="\n", stop="\n"),
+        Template("vicuna_v1", VICUNA_SYSTEM, _format_vicuna, closing="</s>", stop="</s>"),
+        Template("llama_2", LLAMA_2_SYSTEM, _format_llama_2, closing=" </s>", stop="</s>"),
+        Template("mistral", "", _format_mistral, closing=" </s>", stop="</s>"),
     )
 }
 _ALIASES = {"v1": "vicuna_v1", "mistral_instruct": "mistral"}
 
 
 def get_template(name: str) -> Template:
-    """The template of that name; LLaVA's own names are understood too."""
+    """Returns the template of that name; LLaVA's own names work too."""
     template = _TEMPLATES.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
     if template is None:
         known = ", ".join([*_TEMPLATES, *_ALIASES])

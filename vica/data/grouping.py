@@ -1,21 +1,23 @@
-"""Orders of an epoch in which samples of like length, or of one modality, share a batch."""
+"""Orders the samples of an epoch so that samples of similar length, or of one modality, share a batch."""
 
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
 
-IMAGE_WORDS = 128  # what an image adds to a sample's length when all kinds are grouped together: LLaVA's number
+IMAGE_WORDS = 128  # words that an image adds to a sample's length when both kinds are grouped together: LLaVA's number
 
 
 class LengthGroupedSampler(Sampler):
-    """Every index once an epoch, in megabatches of `world_size` batches, one after the other for each rank; with
-    gradient accumulation count a rank once for each of its batches in a step. The ranks' shares of a megabatch are
-    about equally long. `lengths` are TrainingSet's: negative for text without an image.
+    """Gives every index once an epoch, in megabatches of `world_size` batches, one for each rank in order.
 
-    `by_modality`: a megabatch holds images only or text only, but for the last ones, where both run out.
-    `pool` is how many megabatches are sorted by length together: 1, LLaVA's way, leaves their lengths to chance, and
-    is what `by_modality` takes unless told; by length alone it is 50, as in transformers."""
+    With gradient accumulation, count a rank once for each of its batches in a step. The ranks' shares of a megabatch
+    are about equally long. `lengths` are TrainingSet's: negative for text without an image.
+
+    `by_modality`: a megabatch holds only images or only text, except the last ones, in which both run out. `pool` is
+    the number of megabatches that are sorted by length together. 1, as in LLaVA, leaves their lengths to chance; it is
+    the default with `by_modality`. By length alone the default is 50, as in transformers.
+    """
 
     def __init__(
         self,
@@ -48,12 +50,12 @@ class LengthGroupedSampler(Sampler):
             megabatches, left = self._cut(shuffle(indices, dice), sizes)
             full += megabatches
             rest += left
-        # The remainders come last, where they move no other megabatch from its place among the ranks.
+        # The remainders come last, where they do not shift any other megabatch among the ranks.
         for megabatch in [*shuffle(full, dice), *self._in_megabatches(rest)]:
             yield from deal(megabatch, sizes, self.world_size)
 
     def _cut(self, indices: list[int], sizes: list[int]) -> tuple[list[list[int]], list[int]]:
-        """Full megabatches, and what is left of `indices`."""
+        """Returns full megabatches, and the rest of `indices`."""
         size = self.batch_size * self.world_size
         whole = len(indices) // size * size
         megabatches = []
@@ -72,9 +74,11 @@ def shuffle(items: list, dice: torch.Generator) -> list:
 
 
 def deal(megabatch: list[int], sizes: list[int], ranks: int) -> list[int]:
-    """The megabatch as the ranks' shares one after the other: the longest first, each to the rank that has least."""
+    """Returns the megabatch as the ranks' shares one after the other: each sample, longest first, goes to the lightest
+    rank."""
     room = -(-len(megabatch) // ranks)
-    shares, load = [[] for _ in range(ranks)], [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
     for index in sorted(megabatch, key=sizes.__getitem__, reverse=True):
         lightest = min((rank for rank in range(ranks) if len(shares[rank]) < room), key=load.__getitem__)
         shares[lightest].append(index)

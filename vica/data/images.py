@@ -1,6 +1,6 @@
-"""One image from wherever it comes, as an RGB PIL image.
+"""Loads one image from any source as an RGB PIL image.
 
-The EXIF orientation is left alone, as LLaVA leaves it: the released weights saw the stored pixels.
+The EXIF orientation is ignored, as in LLaVA: the released weights saw the stored pixels.
 """
 
 import base64
@@ -23,7 +23,7 @@ _SHOWN_CHARACTERS = 120
 
 
 def as_list(images) -> list:
-    """One image given by itself is not the sequence that Python takes it for."""
+    """Returns the images as a list. A single image is not the sequence that Python would take it for."""
     alone = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray)) or hasattr(images, "read")
     if alone or isinstance(images, torch.Tensor) and images.dim() == 2:
         return [images]
@@ -31,10 +31,11 @@ def as_list(images) -> list:
 
 
 def load_image(source) -> Image.Image:
-    """`source`: a path, an http(s) or base64 data URL, bytes, a binary file, a PIL image or uint8 array [H, W, 3]."""
+    """Returns the image of `source`: a path, an http(s) or base64 data URL, bytes, a binary file, a PIL image or a
+    uint8 array [H, W, 3]."""
     name = _describe(source)
     try:
-        with warnings.catch_warnings():  # Pillow's warning comes before our refusal, which says the same
+        with warnings.catch_warnings():  # Pillow's warning would only repeat our refusal
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = _open(source, name)
         _refuse_bomb(image, name)
@@ -49,12 +50,12 @@ def load_image(source) -> Image.Image:
         raise ViCAError(f"image {name}: is a directory, not an image file") from None
     except Image.UnidentifiedImageError:
         raise ViCAError(f"image {name}: not an image in a format that Pillow reads") from None
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise nearly any type for a broken file
         raise ViCAError(f"image {name}: cannot be read ({_one_line(error)})") from error
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of that colour; an odd pixel goes below or to the right of it."""
+    """Returns the image in the middle of a square of that colour; an odd pixel goes below or to the right of it."""
     width, height = image.size
     if width == height:
         return image
@@ -66,7 +67,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def check_enlarged(image: Image.Image, shorter_side: int) -> None:
-    """What CLIP's preprocessing resizes to that shorter side, before it crops, has room in memory."""
+    """Checks that the image still fits in memory after CLIP's preprocessing has resized its shorter side, before the
+    crop."""
     width, height = image.size
     _refuse_long(image, shorter_side**2 * max(width, height) // min(width, height), f"resized to {shorter_side} pixels")
 
@@ -78,7 +80,7 @@ def _refuse_long(image: Image.Image, pixels: int, done: str) -> None:
 
 
 def _open(source, name: str) -> Image.Image:
-    """The image, its pixels as a rule not yet decoded."""
+    """Returns the image, usually with its pixels not yet decoded."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
@@ -105,7 +107,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _refuse_bomb(image: Image.Image, name: str) -> None:
-    """One limit, Pillow's own, where Pillow itself warns at first and refuses only at twice as much."""
+    """Raises above Pillow's own limit. Pillow itself only warns there and refuses at twice as much."""
     width, height = image.size
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ViCAError(_bomb_message(f"{name} ({width}x{height})"))
@@ -140,7 +142,8 @@ def _decode_data_url(url: str, name: str) -> bytes:
 
 
 def _describe(source) -> str:
-    """How messages name the source: as the user wrote it, if long by a path's end or a URL's beginning; or its type."""
+    """Returns the source's name for messages: as the user wrote it (a long path by its end, a long URL by its
+    beginning), or its type."""
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
     if isinstance(name, (str, os.PathLike)):
         text = repr(os.fspath(name))

@@ -1,9 +1,10 @@
-"""A conversation as token ids and labels: what is read, and what of it is learned.
+"""Encodes a conversation as token ids and labels: the tokens to read, and those to learn.
 
-Ids and labels are those of LLaVA-1.5's training, with three differences. What LLaVA learns nothing from (a question
-that nobody answers, an empty question, a stop token inside a message) is an error here that says so. A message that
-holds " ASSISTANT: ", which LLaVA drops too, is kept. And the token after an image is not learned: it would be predicted
-from the last visual token, and visual tokens have no hidden state here. Template plain has such, a caption's first.
+Ids and labels are those of LLaVA-1.5's training, with three differences. A conversation from which LLaVA learns nothing
+(a question without an answer, an empty question, a stop token inside a message) is an error here that says so. A
+message that holds " ASSISTANT: ", which LLaVA also drops, is kept. And the token after an image is not learned: the
+last visual token would have to predict it, and visual tokens have no hidden state here. Template plain has such a
+token, the first of a caption.
 """
 
 import re
@@ -30,8 +31,12 @@ def encode(
     max_length: int | None = None,
     visual_tokens: int = 1,
 ) -> tuple[list[int], list[int]]:
-    """`input_ids`, one placeholder an image, and `labels`: the answers and the token that ends each, IGNORE elsewhere.
-    What lies beyond `max_length` positions is cut, an image being `visual_tokens` of them, or cut altogether."""
+    """Returns `input_ids`, with one placeholder an image, and `labels`: the answers and the token that ends each, else
+    IGNORE.
+
+    The text is cut at `max_length` positions, an image being `visual_tokens` of them; an image that does not fit whole
+    is cut off.
+    """
     turns = read_turns(conversations)
     build = _plain if get_template(template).name == "plain" else _chat
     ids, labels = build(turns, processor, get_template(template))
@@ -47,8 +52,8 @@ def encode(
 
 
 def read_turns(conversations: Sequence[Mapping]) -> list[str]:
-    """The texts, question and answer in turn, with images in front of their messages. As in LLaVA an answer that comes
-    before any question is left out."""
+    """Returns the texts, question and answer in turn, with images in front of their messages. As in LLaVA an answer
+    before the first question is left out."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise ViCAError(f"conversations must be a list of turns, got {shorten(conversations)}")
     said = [_read_turn(place, turn) for place, turn in enumerate(conversations, 1)]
@@ -87,7 +92,7 @@ def _images_first(text: str) -> str:
 
 
 def _plain(turns: list[str], processor: ViCAProcessor, template: Template) -> tuple[list[int], list[int]]:
-    """Image and caption, nothing else: what the question says is dropped."""
+    """Returns ids and labels of image and caption only: the question's text is dropped."""
     if len(turns) != 2 or IMAGE_MARK not in turns[0]:
         raise ViCAError(f"template plain takes an image and its caption, not {len(turns)} turns: {shorten(turns[0])}")
     images = IMAGE_MARK * turns[0].count(IMAGE_MARK)
@@ -97,15 +102,18 @@ def _plain(turns: list[str], processor: ViCAProcessor, template: Template) -> tu
 
 
 def _chat(turns: list[str], processor: ViCAProcessor, template: Template) -> tuple[list[int], list[int]]:
-    """The whole text's ids, cut after each stop token into rounds. What a round asks is tokenized once more to see how
-    long it is: a stop token cuts the text for every tokenizer, so that this needs nothing of what stands before it."""
+    """Returns the whole text's ids, and labels by rounds that end with each stop token.
+
+    The question of a round is tokenized once more to find its length. A stop token splits the text for every tokenizer,
+    so the text before the round is not needed for this.
+    """
     stop = processor.tokenize(template.stop, add_special_tokens=False)
     if stop != [processor.tokenizer.eos_token_id]:
         raise ViCAError(f"template {template.name} ends answers with {template.stop}, which is not the tokenizer's eos")
     messages = [(_ROLES[place % 2], text) for place, text in enumerate(turns)]
     if found := next((text for text in turns if template.stop in text), None):
         raise ViCAError(f"a message holds {template.stop}, the token that ends answers: {shorten(found)}")
-    # As in LLaVA an empty answer is open and has no stop token: the round goes on.
+    # As in LLaVA an empty answer is open and has no stop token: the round continues.
     answers = [place for place in range(1, len(turns), 2) if turns[place]]
     ids = processor.tokenize(template.render(messages))
     ends = [place for place, token in enumerate(ids, 1) if token == stop[0]]
@@ -122,7 +130,7 @@ def _chat(turns: list[str], processor: ViCAProcessor, template: Template) -> tup
 
 
 def _asked(opened: str, before: str, processor: ViCAProcessor, template: Template) -> list[int]:
-    """The ids of a text that ends where an answer is to begin, without those of its beginning `before`."""
+    """Returns the ids of a text that ends where an answer begins, without those of its beginning `before`."""
     if not before:
         return processor.tokenize(opened)
     return processor.tokenize(template.stop + opened.removeprefix(before), add_special_tokens=False)[1:]

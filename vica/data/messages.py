@@ -1,4 +1,4 @@
-"""transformers' chat messages (roles, and contents of text and image parts) as turns and image sources."""
+"""Reads transformers' chat messages (roles, and contents of text and image parts) as turns and image sources."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ def is_batch(conversation) -> bool:
 
 
 def read_messages(messages: Sequence[Mapping]) -> tuple[list[tuple[str, str]], list]:
-    """The turns as (role, text) pairs, and the sources of their images in reading order."""
+    """Returns the turns as (role, text) pairs, and the sources of their images in reading order."""
     turns, sources = [], []
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -29,7 +29,7 @@ def read_messages(messages: Sequence[Mapping]) -> tuple[list[tuple[str, str]], l
 
 
 def _read_content(content) -> tuple[str, list]:
-    """A message's text, several parts on lines of their own, and the sources of its images."""
+    """Returns a message's text, with several parts on separate lines, and the sources of its images."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, (list, tuple)):
@@ -47,7 +47,7 @@ def _read_content(content) -> tuple[str, list]:
 
 
 def _image_source(part: Mapping):
-    """What `load_image` takes; None for a bare placeholder."""
+    """Returns a source that `load_image` takes; None for a bare placeholder."""
     if part["type"] == "image_url":  # OpenAI's form
         url = part.get("image_url")
         return url.get("url") if isinstance(url, Mapping) else url
@@ -58,8 +58,8 @@ def _image_source(part: Mapping):
 
 
 def sources_or_none(images: list[list]) -> list[list] | None:
-    """None where the messages hold no image but placeholders: then the caller brings features."""
-    given = [source is not None for row in images for source in row]
+    """Returns None if the messages hold only placeholders, no images: then the caller brings features."""
+    given = [source is not None for sources in images for source in sources]
     if any(given) and not all(given):
         raise ViCAError(f"an image part names no source; give one of {', '.join(_SOURCE_KEYS)}")
     return images if any(given) else None

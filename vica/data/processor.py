@@ -1,13 +1,14 @@
-"""Texts and images in, model inputs out: `ViCAProcessor`, a transformers processor with LLaVA's exact rules.
+"""Turns texts and images into model inputs: `ViCAProcessor`, a transformers processor with LLaVA's exact rules.
 
-Token ids are those of LLaVA's slow tokenizer (tokenizer.py). Images go through transformers' PIL processors even where
-torchvision is installed, since its kernels give slightly other pixels.
+Token ids are those of LLaVA's slow tokenizer (tokenizer.py). Images go through transformers' PIL processors even if
+torchvision is installed, since its kernels give slightly different pixels.
 """
 
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -22,10 +23,10 @@ from .tokenizer import IMAGE_MARK, load_tokenizer, restore_llama_ids, tokenize_p
 
 IMAGE_MODES = ("pad", "resize", "crop")
 _MODE_OF_ASPECT_RATIO = {"pad": "pad", "resize": "resize", "crop": "crop", "square": "crop", None: "crop"}
-# By the type that transformers saves, which is the same for its PIL and its torchvision backends.
+# By the type that transformers saves; it is the same for its PIL and its torchvision backends.
 _PIL_PROCESSORS = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
-    "LlavaImageProcessor": CLIPImageProcessorPil,  # which pads to a square first: our image mode
+    "LlavaImageProcessor": CLIPImageProcessorPil,  # pads to a square first; here image_mode does that
     "SiglipImageProcessor": SiglipImageProcessorPil,
 }
 _CALL_OPTIONS = ("padding", "padding_side", "return_tensors", "add_special_tokens", "truncation", "max_length")
@@ -33,11 +34,11 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 
 
 class ViCAProcessor(ProcessorMixin):
-    """Prompts with `<image>` marks, and images, to `input_ids`, `attention_mask` and `pixel_values`.
+    """Turns prompts with `<image>` marks, and images, into `input_ids`, `attention_mask` and `pixel_values`.
 
-    `image_mode` says how an image becomes the tower's square: "pad" (with the tower's mean colour), "resize"
-    (squash) or "crop" (the tower's own preprocessing). `conversation` names the template of `apply_chat_template`.
-    Without an `image_processor` the processor does text only, and the caller brings `image_features` to the model.
+    `image_mode` says how an image becomes the tower's square: "pad" (with the tower's mean colour), "resize" (squash)
+    or "crop" (the tower's own preprocessing). `conversation` names the template of `apply_chat_template`. Without an
+    `image_processor` the processor does text only, and the caller brings `image_features` to the model.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class ViCAProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config, tokenizer: PreTrainedTokenizerBase) -> "ViCAProcessor":
-        """For checkpoints that come without a processor: what the model's config implies."""
+        """Returns the processor that a model's config implies, for checkpoints that come without one."""
         return cls(tokenizer=tokenizer, **_settings_of(config))
 
     def changed(self, conversation: str | None = None, image_mode: str | None = None) -> "ViCAProcessor":
-        """Itself, or another with the settings that are given."""
+        """Returns itself, or another processor with the given settings."""
         if conversation is None and image_mode is None:
             return self
         return ViCAProcessor(
@@ -79,8 +80,8 @@ class ViCAProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "ViCAProcessor":
-        """A saved processor, or, where none was saved, the one that the model's config implies. The constructor's
-        settings may be given to override the saved ones."""
+        """Returns the saved processor, or the one that the model's config implies if none was saved. The constructor's
+        settings, if given, override the saved ones."""
         hub = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
         if settings.get("processor_class") != cls.__name__:
@@ -90,14 +91,14 @@ class ViCAProcessor(ProcessorMixin):
         return cls(tokenizer=load_tokenizer(pretrained_model_name_or_path, **hub), **chosen)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **_) -> list[str]:
-        """Not ProcessorMixin's, which fails where there is no image processor."""
+        """Saves the processor. ProcessorMixin's version fails without an image processor."""
         if push_to_hub:
             raise ViCAError("push_to_hub=True is not for save_pretrained here; call processor.push_to_hub(name)")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         vocabulary = getattr(self.tokenizer, "vocab_file", None)
-        kept = folder / "tokenizer.model"  # transformers 5 does not write it, and LLaVA reads nothing else
+        kept = folder / "tokenizer.model"  # transformers 5 does not write it, and LLaVA reads no other file
         if vocabulary and Path(vocabulary).name == kept.name and Path(vocabulary).is_file() and not kept.exists():
             shutil.copyfile(vocabulary, kept)
         self.to_json_file(folder / "processor_config.json")
@@ -116,47 +117,48 @@ class ViCAProcessor(ProcessorMixin):
         max_length: int | None = None,
         **unknown,
     ) -> BatchFeature:
-        """`text` is taken as it is: a rendered prompt, or several. `images` is one image, a flat list in reading order
-        over the batch, or one list for each text; None leaves the marks to the model's `image_features`."""
+        """Returns the model's inputs. `text` is taken as it is: a rendered prompt, or several. `images` is one image, a
+        flat list in reading order over the batch, or one list for each text; None leaves the marks to the model's
+        `image_features`."""
         _refuse(unknown)
         if text is None and images is None:
             raise ViCAError("the processor needs text, images or both; got neither")
-        data = {}
+        data: dict[str, Any] = {}
         prompts = None if text is None else _as_prompts(text)
         if prompts is not None:
-            rows = [self.tokenize(prompt, add_special_tokens) for prompt in prompts]
+            sequences = [self.tokenize(prompt, add_special_tokens) for prompt in prompts]
             if truncation:
-                rows = [_truncate(row, max_length, self.image_token_index) for row in rows]
-            data |= self._pad(rows, padding, padding_side, max_length, rectangular=return_tensors is not None)
+                sequences = [_truncate(ids, max_length, self.image_token_index) for ids in sequences]
+            data |= self._pad(sequences, padding, padding_side, max_length, rectangular=return_tensors is not None)
         flat = None if images is None else _flatten(images, prompts)
         if flat:
             data["pixel_values"] = self.process_images(flat)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def tokenize(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of one prompt, with `image_token_index` for each `<image>`."""
+        """Returns the ids of one prompt, with `image_token_index` for each `<image>`."""
         return tokenize_prompt(prompt, self.tokenizer, self.image_token_index, add_special_tokens)
 
     def tokenize_next_turn(self, text: str) -> list[int]:
-        """The ids that follow a finished answer and its eos token, up to the assistant's next open turn. They are not
-        those of `next_turn(text)` on its own, which would begin with a prefix space."""
+        """Returns the ids that follow a finished answer and its eos token, up to the assistant's next open turn. They
+        differ from the ids of `next_turn(text)` on its own, which would begin with a prefix space."""
         template = get_template(self.conversation)
         stop = self.tokenize(template.stop, add_special_tokens=False)
         return self.tokenize(template.stop + template.next_turn(text), add_special_tokens=False)[len(stop) :]
 
     def process_images(self, images: Iterable) -> list[np.ndarray]:
-        """Each image as the tower takes it: float32 [3, H, W]."""
+        """Returns each image as the tower takes it: float32 [3, H, W]."""
         if self.image_processor is None:
             raise ViCAError("images were given, but this model has no vision tower; give it image_features instead")
         arranged = [self._arrange(load_image(image)) for image in images]
         return self.image_processor.preprocess(arranged)["pixel_values"]
 
     def image_settings(self) -> dict | None:
-        """All that decides which pixels an image becomes."""
+        """Returns all settings that decide which pixels an image becomes."""
         return None if self.image_processor is None else {"mode": self.image_mode, **self.image_processor.to_dict()}
 
     def _arrange(self, image):
-        """What LLaVA does to an image before the tower's own preprocessing."""
+        """Returns the image after LLaVA's steps that precede the tower's own preprocessing."""
         if self.image_mode == "pad":
             return pad_to_square(image, tuple(int(mean * 255) for mean in self.image_processor.image_mean))
         if self.image_mode == "resize":
@@ -167,22 +169,21 @@ class ViCAProcessor(ProcessorMixin):
             check_enlarged(image, self.image_processor.size["shortest_edge"])
         return image
 
-    def _pad(self, rows: list[list[int]], padding, padding_side, max_length, rectangular: bool) -> dict:
-        width = _padded_width(rows, padding, max_length)
+    def _pad(self, sequences: list[list[int]], padding, padding_side, max_length, rectangular: bool) -> dict:
+        width = _padded_width(sequences, padding, max_length)
         side = padding_side or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ViCAError(f"padding_side is {side!r}; it must be left or right")
-        fill = self.pad_id
-        ids, mask = [], []
-        for row in rows:
-            missing = max(width - len(row), 0)
-            filler, absent, present = [fill] * missing, [0] * missing, [1] * len(row)
-            ids.append(filler + row if side == "left" else row + filler)
+        padded, mask = [], []
+        for ids in sequences:
+            missing = max(width - len(ids), 0)
+            padding_ids, absent, present = [self.pad_id] * missing, [0] * missing, [1] * len(ids)
+            padded.append(padding_ids + ids if side == "left" else ids + padding_ids)
             mask.append(absent + present if side == "left" else present + absent)
-        lengths = [len(row) for row in ids]
+        lengths = [len(ids) for ids in padded]
         if rectangular and len(set(lengths)) > 1:
             raise ViCAError(f"texts of {lengths} tokens make no rectangular tensor with padding={padding!r}; use True")
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": padded, "attention_mask": mask}
 
     @property
     def pad_id(self) -> int:
@@ -201,9 +202,9 @@ class ViCAProcessor(ProcessorMixin):
         processor_kwargs: Mapping | None = None,
         **kwargs,
     ):
-        """transformers' messages (one conversation, or a list of them) as prompts, or with `tokenize` as `__call__`'s
-        inputs. In a user's message the images come first, each as `<image>` and a newline, wherever they stand in the
-        content: LLaVA's convention. Text may hold `<image>` itself where another place is wanted."""
+        """Renders transformers' messages (one conversation, or a list of them) as prompts, or with `tokenize` as the
+        inputs that `__call__` returns. In a user's message the images come first, each as `<image>` and a newline, at
+        any place in the content: LLaVA's convention. Text may hold `<image>` itself to put an image elsewhere."""
         options = {**kwargs, **(processor_kwargs or {})}
         _refuse({"chat_template": chat_template} | {k: v for k, v in options.items() if k not in _CALL_OPTIONS})
         if add_generation_prompt and continue_final_message:
@@ -221,7 +222,8 @@ class ViCAProcessor(ProcessorMixin):
         return features if return_dict else features["input_ids"]
 
     def ask(self, question: str, images=()) -> BatchFeature:
-        """The model's inputs for one question about some images, or about one, which needs no list around it."""
+        """Returns the model's inputs for one question about one or several images. One image needs no list around
+        it."""
         content = [{"type": "image", "image": image} for image in as_list(images)]
         content.append({"type": "text", "text": question})
         return self.apply_chat_template(
@@ -245,7 +247,7 @@ class ViCAProcessor(ProcessorMixin):
 
 
 def as_pil_processor(image_processor):
-    """The PIL twin of an image processor, or of its saved settings; None stays None."""
+    """Returns the PIL version of an image processor, or of its saved settings; None stays None."""
     if image_processor is None or isinstance(image_processor, tuple(_PIL_PROCESSORS.values())):
         return image_processor
     settings = dict(image_processor) if isinstance(image_processor, Mapping) else image_processor.to_dict()
@@ -257,7 +259,7 @@ def as_pil_processor(image_processor):
 
 
 def _settings_of(config) -> dict:
-    """The constructor's arguments, but for the tokenizer, that a model's config implies."""
+    """Returns the constructor's arguments that a model's config implies, without the tokenizer."""
     ratio = getattr(config, "image_aspect_ratio", None)
     if ratio not in _MODE_OF_ASPECT_RATIO:
         known = ", ".join(str(name) for name in _MODE_OF_ASPECT_RATIO)
@@ -289,7 +291,7 @@ def _processor_of_tower(vision_config):
 
 
 def _refuse(options: Mapping) -> None:
-    """Options that transformers' processors know and this one does not may be given only as unset."""
+    """Raises if options that transformers' processors know and this one does not are set."""
     given = [name for name, value in options.items() if value is not None and value is not False]
     if given:
         raise ViCAError(f"the processor takes no {', '.join(given)}; known options: {', '.join(_CALL_OPTIONS)}")
@@ -302,18 +304,18 @@ def _as_prompts(text) -> list[str]:
     return list(prompts)
 
 
-def _truncate(row: list[int], max_length: int | None, image_token_index: int) -> list[int]:
+def _truncate(ids: list[int], max_length: int | None, image_token_index: int) -> list[int]:
     if max_length is None or max_length < 1:
         raise ViCAError(f"truncation=True needs max_length from 1, got {max_length}")
-    if image_token_index in row[max_length:]:
-        raise ViCAError(f"max_length={max_length} would cut an image away from a prompt of {len(row)} tokens")
-    return row[:max_length]
+    if image_token_index in ids[max_length:]:
+        raise ViCAError(f"max_length={max_length} would cut an image away from a prompt of {len(ids)} tokens")
+    return ids[:max_length]
 
 
-def _padded_width(rows: list[list[int]], padding, max_length: int | None) -> int:
-    """The length that shorter rows are filled up to; 0 for no padding."""
+def _padded_width(sequences: list[list[int]], padding, max_length: int | None) -> int:
+    """Returns the length to which shorter sequences are padded; 0 for no padding."""
     if padding in (True, "longest"):
-        return max(len(row) for row in rows)
+        return max(len(ids) for ids in sequences)
     if padding == "max_length" and max_length is not None:
         return max_length
     if padding in (False, None, "do_not_pad"):
@@ -322,31 +324,38 @@ def _padded_width(rows: list[list[int]], padding, max_length: int | None) -> int
 
 
 def _flatten(images, prompts: list[str] | None) -> list:
-    """All images in reading order, after a check that they are as many as the marks in the prompts."""
+    """Returns all images in reading order, after it has checked that their number matches the marks in the prompts."""
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     marks = None if prompts is None else [prompt.count(IMAGE_MARK) for prompt in prompts]
-    nested = any(isinstance(row, (list, tuple)) for row in images)
+    nested = any(isinstance(entry, (list, tuple)) for entry in images)
     if not nested:
         if marks is not None and sum(marks) != len(images):
             raise ViCAError(f"the text has {sum(marks)} {IMAGE_MARK} marks, but {len(images)} images were given")
         return images
-    rows = [[] if row is None else list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
-    if marks is not None and len(rows) != len(marks):
-        raise ViCAError(f"{len(marks)} texts were given, but {len(rows)} lists of images")
-    for place, row in enumerate(rows):
-        if marks is not None and marks[place] != len(row):
+    lists = [_as_image_list(entry) for entry in images]
+    if marks is not None and len(lists) != len(marks):
+        raise ViCAError(f"{len(marks)} texts were given, but {len(lists)} lists of images")
+    for place, given in enumerate(lists):
+        if marks is not None and marks[place] != len(given):
             raise ViCAError(
-                f"text {place} has {marks[place]} {IMAGE_MARK} marks, but {len(row)} images were given for it"
+                f"text {place} has {marks[place]} {IMAGE_MARK} marks, but {len(given)} images were given for it"
             )
-    return [image for row in rows for image in row]
+    return [image for given in lists for image in given]
+
+
+def _as_image_list(entry) -> list:
+    if entry is None:
+        return []
+    return list(entry) if isinstance(entry, (list, tuple)) else [entry]
 
 
 def _drop_negative(ids):
-    """Token ids, one row or several, without the image placeholders and ignored labels that no tokenizer can decode."""
+    """Returns token ids, one sequence or several, without image placeholders and ignored labels: no tokenizer decodes
+    those."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(ids, int):
         return ids
     values = [one.tolist() if hasattr(one, "tolist") else one for one in ids]
     if any(isinstance(one, (list, tuple)) for one in values):
-        return [_drop_negative(row) for row in values]
+        return [_drop_negative(one) for one in values]
     return [one for one in values if one >= 0]

@@ -1,8 +1,8 @@
-"""Raw training records by index, in LLaVA's format, from JSON, JSON lines, parquet or Hugging Face datasets.
+"""Reads raw training records in LLaVA's format by index, from JSON, JSON lines, parquet or Hugging Face datasets.
 
 A record is a dict: "id"; "image", a path (or an embedded image), a list of them, or nothing; and "conversations", a
-list of {"from": "human" or "gpt", "value": text}. Records are handed out as they are and judged where they are used, so
-that one bad line among millions ends nothing: a line that is no JSON comes as its own text.
+list of {"from": "human" or "gpt", "value": text}. Records are returned unchecked; the code that uses them checks them,
+so that one bad line among millions does not stop a run. A line that is not JSON comes as its own text.
 """
 
 import json
@@ -25,11 +25,11 @@ class Samples(Sequence):
     """Records by index."""
 
     def name(self, index: int) -> str:
-        """Where a record stands, for messages about records without an id."""
+        """Returns the place of a record, for messages about records without an id."""
         raise NotImplementedError
 
     def without_images(self) -> Iterator[dict]:
-        """All records in order, for their words: embedded images are not read."""
+        """Yields all records in order for their text; embedded images are not read."""
         return iter(self)
 
 
@@ -40,22 +40,25 @@ class Stream:
         self.parts = parts
 
     def share(self, rank: int, world: int, worker: int, workers: int) -> Iterator[tuple[str, dict]]:
-        """What falls to one loader process of one rank; all shares together are every record once."""
+        """Yields the records for one loader process of one rank. All shares together hold every record once."""
         for part in self.parts:
             if isinstance(part, Samples):
                 for index in range(rank * workers + worker, len(part), world * workers):
                     yield part.name(index), part[index]
-            else:  # inside a loader's worker `datasets` itself gives only that worker's records
+            else:  # in a loader worker `datasets` itself gives only that worker's records
                 share = _datasets().distributed.split_dataset_by_node(part, rank, world)
                 for place, record in enumerate(share, 1):
                     yield f"record {place} of worker {worker} of rank {rank}", record
 
 
 def open_samples(paths, streaming: bool = False) -> Samples | Stream:
-    """One source, or several joined: .json, .jsonl and .parquet files; folders of parquet files (only those named
-    train* where there are such) or as `datasets` saves them; and hub:NAME or hub:NAME:CONFIG for the part named train
-    of a data set of the hub, which alone is ever downloaded. `streaming` reads parquet and the hub in order as they
-    come, in place of converting all to memory-mapped tables first."""
+    """Opens one source, or several joined, and returns its records.
+
+    Sources are .json, .jsonl and .parquet files; folders of parquet files (only those named train* if there are any) or
+    folders that `datasets` saved; and hub:NAME or hub:NAME:CONFIG for the train split of a hub dataset, the only split
+    that is ever downloaded. `streaming` reads parquet and the hub in order as they come, instead of first converting
+    everything to memory-mapped tables.
+    """
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if not paths:
         raise ViCAError("no training data is named; give .json, .jsonl or .parquet files, folders or hub:NAME")
@@ -89,8 +92,11 @@ def _open(path: str, streaming: bool):
 
 
 class _Lines(Samples):
-    """JSON records by the byte offsets of their lines, in a file or in memory. Not a list of dicts: every worker would
-    come to own a copy of it, because reading an object writes its reference count."""
+    """JSON records by the byte offsets of their lines, in a file or in memory.
+
+    It is not a list of dicts: reading an object writes its reference count, so every worker would end up with a copy of
+    the list.
+    """
 
     def __init__(self, path: str, packed: bytes | None = None):
         self.path, self.packed = path, packed
@@ -188,7 +194,7 @@ def _pack(path: str) -> bytes:
 
 
 def _open_parquet(path: str, streaming: bool, files: list):
-    # glob's escapes, because `datasets` takes names for patterns
+    # escaped, because `datasets` reads file names as glob patterns
     return _open_table(path, streaming, "parquet", data_files=[escape(os.path.abspath(file)) for file in files])
 
 
@@ -209,12 +215,13 @@ def _loaded(path: str, how: str, *where, **options):
     function = getattr(_datasets(), how)
     try:
         return function(*where, **options)
-    except Exception as error:  # whatever a broken file, a wrong name or no network makes `datasets` raise
+    except Exception as error:  # `datasets` raises many types for a broken file, a wrong name or no network
         raise ViCAError(f"{path} cannot be opened: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _checked(path: str, dataset):
-    """The dataset with images left as files, since we decode them: one that is broken must end nothing."""
+    """Returns the dataset with its images left as files. We decode them ourselves, so that a broken one stops
+    nothing."""
     columns = dataset.features or {}
     if columns and "conversations" not in columns:
         raise ViCAError(f"{path} has no column conversations, but {', '.join(columns)}")

@@ -1,4 +1,4 @@
-"""What training had to leave out: reported sample by sample, and an end to it where it becomes too much."""
+"""Reports the samples that training leaves out, and ends a run that leaves out too many."""
 
 import json
 import os
@@ -9,16 +9,18 @@ from ..utils.errors import ViCAError
 from .sources import where_images_from
 from .training import Broken, TrainingSet
 
-_ENOUGH = 1000  # samples seen before a share of them says anything
+_ENOUGH = 1000  # samples to see before a share of them means anything
 
 
 class Skipped:
-    """One JSON line {id, reason, record} a broken sample in `file`, which the ranks of a run share and a resumed run
-    continues. `count` is how many lines it has; a sample that breaks again, in a later epoch or after a resume, gets no
-    other.
+    """Keeps one JSON line {id, reason, record} for each broken sample in `file`.
 
-    Training ends once they are more than `limit_share` of `total`. Where the total is not known (a stream) the share is
-    of what this rank has seen, as told to `saw`, once that is 1,000."""
+    The ranks of a run share the file, and a resumed run continues it. `count` is its number of lines; a sample that
+    breaks again, in a later epoch or after a resume, adds no line.
+
+    Training ends once the broken samples are more than `limit_share` of `total`. If the total is not known (a stream),
+    the share is taken of the samples that this rank has seen, as counted by `saw`, from 1,000 on.
+    """
 
     def __init__(self, file: str | os.PathLike, limit_share: float, total: int | None = None):
         if not 0 <= limit_share <= 1:
@@ -36,14 +38,14 @@ class Skipped:
         return len(self._known)
 
     def saw(self, samples: int) -> None:
-        """So many samples came by, broken ones among them."""
+        """Counts samples that passed, broken ones included."""
         self.seen += samples
 
     def add(self, broken: Broken) -> None:
         self.own += 1
         self._catch_up()
         if broken not in self._known:
-            # One write to a file opened for appending: lines of several ranks do not mix.
+            # A single write to a file opened for appending: lines of several ranks do not mix.
             report = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(report, _line(broken).encode())
@@ -74,7 +76,7 @@ class Skipped:
 
 
 def forget_repaired(file: str | os.PathLike, data: TrainingSet) -> None:
-    """Before a run starts again: of what the report lists, leaves what is broken still."""
+    """Removes the samples that are no longer broken from the report, before a run starts again."""
     path = Path(file)
     if not path.exists():
         return

@@ -1,8 +1,8 @@
-"""LLaVA's token ids from transformers 5's tokenizers, and its splitting of a prompt at `<image>`.
+"""Tokenizes prompts as LLaVA does, with transformers 5's tokenizers, and splits them at `<image>`.
 
 transformers 5 has only the fast Llama tokenizer, while LLaVA was trained with the slow one. The two differ in where
-sentencepiece's prefix space goes and in how they cut runs of spaces, so that token ids would change without a word;
-`load_tokenizer` and `tokenize_prompt` give the slow one's ids.
+sentencepiece's prefix space goes and in how they cut runs of spaces, so the token ids would change silently.
+`load_tokenizer` and `tokenize_prompt` give the slow tokenizer's ids.
 """
 
 import os
@@ -15,18 +15,18 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from ..utils.errors import ViCAError
 
 IMAGE_MARK = "<image>"
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that are what their tokenizer.json says
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that their tokenizer.json describes in full
 _SPACE = "\u2581"  # sentencepiece's visible space
 
 
 def tokenize_prompt(
     prompt: str, tokenizer: PreTrainedTokenizerBase, image_token_index: int = -200, add_special_tokens: bool = True
 ) -> list[int]:
-    """LLaVA's way: each piece between images is tokenized on its own, so every piece gets its prefix space; one BOS in
-    front where the tokenizer writes one."""
+    """Returns the ids of a prompt. As in LLaVA, each piece between images is tokenized on its own, so every piece gets
+    a prefix space of its own. One BOS stands in front if the tokenizer writes one."""
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # Python's stand-ins for bytes of another encoding
+    except UnicodeEncodeError as error:  # lone surrogates: Python reads undecodable bytes as these
         raise ViCAError("the text is not UTF-8") from error
     ids = tokenizer("").input_ids[:1] if add_special_tokens else []
     if ids != [tokenizer.bos_token_id]:
@@ -36,7 +36,7 @@ def tokenize_prompt(
             ids.append(image_token_index)
         if not piece:
             continue
-        # Where the text itself begins with a space, Metaspace adds no other; sentencepiece always does.
+        # Metaspace adds no prefix space to a text that begins with a space; sentencepiece always adds one.
         if _llama_legacy(tokenizer) is False and piece.startswith((" ", _SPACE)):
             piece = " " + piece
         ids += tokenizer(piece, add_special_tokens=False).input_ids
@@ -44,7 +44,7 @@ def tokenize_prompt(
 
 
 def load_tokenizer(path_or_repo: str | os.PathLike, **hub_options) -> PreTrainedTokenizerBase:
-    """AutoTokenizer, with LLaVA's token ids for Llama tokenizers."""
+    """Returns AutoTokenizer's tokenizer, with LLaVA's token ids if it is a Llama tokenizer."""
     written = get_tokenizer_config(path_or_repo, **hub_options)
     options = dict(hub_options)
     if written.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
@@ -53,12 +53,14 @@ def load_tokenizer(path_or_repo: str | os.PathLike, **hub_options) -> PreTrained
         if written.get("legacy") is None and "backend" not in written:
             options["legacy"] = True
     elif written.get("tokenizer_class") in GENERIC:
-        options["config"] = PreTrainedConfig()  # the folder's own has no say, and warns of LLaVA's fields
+        # ignores the folder's config, which changes nothing here but warns about LLaVA's fields
+        options["config"] = PreTrainedConfig()
     return restore_llama_ids(AutoTokenizer.from_pretrained(path_or_repo, **options))
 
 
 def restore_llama_ids(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Makes a Llama tokenizer give the slow tokenizer's ids; leaves others alone. Changes and returns the tokenizer."""
+    """Makes a Llama tokenizer give the slow tokenizer's ids and leaves others alone. Changes and returns the
+    tokenizer."""
     legacy = _llama_legacy(tokenizer)
     if legacy is not None:
         _restore_spacing(tokenizer.backend_tokenizer, legacy)
@@ -68,7 +70,8 @@ def restore_llama_ids(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """`<image>` as a token of its own, which transformers' LlavaProcessor needs; the same ids around it as LLaVA's."""
+    """Adds `<image>` as a token of its own, which transformers' LlavaProcessor needs. The ids around it stay
+    LLaVA's."""
     splits_late = _llama_legacy(tokenizer) is False
     tokenizer.add_tokens([AddedToken(IMAGE_MARK, special=True, normalized=splits_late)], special_tokens=True)
     if splits_late:  # LLaVA begins the text after an image with a prefix space
@@ -77,10 +80,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _restore_spacing(backend: Tokenizer, legacy: bool) -> None:
-    """A prefix space before every text between special tokens if `legacy`, else before the first only.
+    """Puts a prefix space before every text between special tokens if `legacy`, else before the first text only.
 
-    transformers 5 leaves it out of legacy texts that begin with a space, and always in the class that it chooses for
-    folders whose model_type is "llava" or "mistral".
+    transformers 5 omits it in legacy texts that begin with a space, and always in the class that it chooses for folders
+    with model_type "llava" or "mistral".
     """
     if legacy:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
@@ -94,10 +97,10 @@ def _restore_spacing(backend: Tokenizer, legacy: bool) -> None:
 
 
 def _restore_merges(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Merges in the order of sentencepiece's scores, where the vocabulary file is at hand.
+    """Orders the merges by sentencepiece's scores if the vocabulary file is present.
 
-    transformers 5 orders them by id. In Llama's vocabulary the runs of spaces have low ids and the lowest scores: every
-    text with two spaces in a row would change.
+    transformers 5 orders them by id. In Llama's vocabulary the runs of spaces have low ids and the lowest scores: the
+    ids of every text with two consecutive spaces would change.
     """
     file = getattr(tokenizer, "vocab_file", None)
     if not file or not os.path.isfile(file):
@@ -107,14 +110,14 @@ def _restore_merges(tokenizer: PreTrainedTokenizerBase) -> None:
     pieces = SentencePieceProcessor(model_file=str(file))
     scores = {pieces.IdToPiece(i): pieces.GetScore(i) for i in range(len(pieces)) if _is_mergeable(pieces, i)}
     if not scores.keys() <= vocabulary.keys():
-        return  # the vocabulary in use comes from elsewhere
+        return  # the vocabulary in use is from another source
     merges = [
         (score, piece[:cut], piece[cut:])
         for piece, score in scores.items()
         for cut in range(1, len(piece))
         if piece[:cut] in scores and piece[cut:] in scores
     ]
-    # Of equal scores sentencepiece takes the leftmost pair, so that a run of spaces grows from its left end.
+    # Among equal scores sentencepiece takes the leftmost pair, so a run of spaces grows from its left end.
     merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     backend.model = models.BPE(
         vocab=vocabulary,
@@ -130,7 +133,7 @@ def _is_mergeable(pieces: SentencePieceProcessor, index: int) -> bool:
 
 
 def _llama_legacy(tokenizer: PreTrainedTokenizerBase) -> bool | None:
-    """Which of the two prefix space rules holds; None where it is no Llama sentencepiece tokenizer."""
+    """Returns which of the two prefix space rules holds; None if this is no Llama sentencepiece tokenizer."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if not isinstance(model, models.BPE) or not model.byte_fallback:
         return None

@@ -1,4 +1,4 @@
-"""Training examples: a record's token ids, labels and pixels, by index or as a stream.
+"""Makes training examples from records: token ids, labels and pixels, by index or as a stream.
 
 Bad data never raises and is never replaced by something else: it comes as `Broken`, with the reason, in its place.
 """
@@ -37,12 +37,12 @@ class Example:
 class Broken:
     id: str
     reason: str
-    record: str | None = None  # where it stands: in LLaVA's mixes many share an id, that of their image
+    record: str | None = None  # place of the record: in LLaVA's mixes many share an id, that of their image
 
 
 @dataclass
 class Preparation:
-    """How a record becomes an example. `max_length` counts positions, of which an image takes `visual_tokens`."""
+    """Turns a record into an example. `max_length` counts positions, of which an image takes `visual_tokens`."""
 
     processor: ViCAProcessor
     image_folder: str | os.PathLike | None = None
@@ -51,7 +51,7 @@ class Preparation:
     visual_tokens: int = 1
 
     def __post_init__(self):
-        encode(_PROBE, self.processor, self.template)  # what is wrong for every record is no record's fault
+        encode(_PROBE, self.processor, self.template)  # a setting that fails for every record is no record's fault
         check_folder(self.image_folder)
 
     def __call__(self, record: Mapping, name: str) -> Example | Broken:
@@ -60,7 +60,8 @@ class Preparation:
             ids, labels = encode(
                 record["conversations"], self.processor, self.template, self.max_length, self.visual_tokens
             )
-            seen = ids.count(self.processor.image_token_index)  # the others are cut away with the end of the text
+            # images beyond these are cut off with the end of the text
+            seen = ids.count(self.processor.image_token_index)
             images = [image_source(image, self.image_folder) for image in images_of(record)[:seen]]
             pixels = [torch.from_numpy(array) for array in self.processor.process_images(images)] if images else []
         except ViCAError as error:
@@ -69,7 +70,7 @@ class Preparation:
 
 
 class TrainingSet(Dataset):
-    """`Example` or `Broken` by index. Options are those of `Preparation`."""
+    """Gives `Example` or `Broken` by index. Its options are those of `Preparation`."""
 
     def __init__(self, samples: Samples, processor: ViCAProcessor, image_folder=None, **options):
         self.samples, self.prepare = samples, Preparation(processor, image_folder, **options)
@@ -82,16 +83,17 @@ class TrainingSet(Dataset):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Words of each sample, negative where no image goes with them, as LLaVA counts; never 0."""
+        """Words of each sample, negative if it has no image, as LLaVA counts; never 0."""
         return [length_of(record) for record in self.samples.without_images()]
 
 
 class TrainingStream(IterableDataset):
-    """The same items from a stream, each to one worker of one rank, shuffled within a buffer of records. It deals to
-    the ranks itself: nothing else, such as accelerate's preparation of loaders, may do so again.
+    """Yields the same items from a stream, each to one worker of one rank, shuffled within a buffer of records.
 
-    `endless`: epoch follows epoch. No rank then ends before another, and how many batches went by tells where a run
-    stands, whatever they come to in epochs."""
+    It deals the records to the ranks itself: nothing else, such as accelerate's preparation of loaders, may do so
+    again. `endless` starts the next epoch after each. Then no rank ends before another, and the number of batches so
+    far alone tells how far a run is.
+    """
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class TrainingStream(IterableDataset):
     ):
         self.stream, self.prepare = stream, Preparation(processor, image_folder, **options)
         self.buffer, self.seed, self.endless = buffer, seed, endless
-        self.epoch = torch.tensor(0).share_memory_()  # workers that persist must see it change
+        self.epoch = torch.tensor(0).share_memory_()  # persistent workers must see changes
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -120,14 +122,14 @@ class TrainingStream(IterableDataset):
             for name, record in shuffled(self.stream.share(*place), self.buffer, dice):
                 yield self.prepare(record, name)
                 empty = False
-            if empty and place[2] > 0:  # what is stored in one piece, `datasets` gives to the first worker only
+            if empty and place[2] > 0:  # `datasets` gives a dataset of one file to the first worker only
                 return
             if empty and self.endless:
                 raise ViCAError("the stream has fewer records than there are processes that read it")
 
 
 def shuffled(items: Iterator, size: int, dice: random.Random) -> Iterator:
-    """Each item waits in a buffer until chance takes it out."""
+    """Yields each item after a random wait in a buffer."""
     waiting = []
     for item in items:
         waiting.append(item)
@@ -151,7 +153,7 @@ def check_folder(image_folder) -> None:
 
 
 def check_record(record: Mapping) -> None:
-    """What can be said without a tokenizer and without opening an image."""
+    """Checks all that needs neither a tokenizer nor an open image."""
     if not isinstance(record, Mapping) or "conversations" not in record:
         raise ViCAError(f"a record must be a JSON object with conversations, got {shorten(record)}")
     marks = sum(turn.count(IMAGE_MARK) for turn in read_turns(record["conversations"]))
@@ -169,7 +171,7 @@ def images_of(record: Mapping) -> list:
 
 
 def image_source(image, folder):
-    """What `load_image` takes. A name is always a file's: a URL in a record is not followed."""
+    """Returns a source that `load_image` takes. A name is always a file: a URL in a record is not followed."""
     if isinstance(image, Mapping) and image.get("bytes") is not None:
         return image["bytes"]
     name = image.get("path") if isinstance(image, Mapping) else image
@@ -183,7 +185,7 @@ def id_of(record, name: str) -> str:
 
 def length_of(record) -> int:
     turns = record.get("conversations") if isinstance(record, Mapping) else None
-    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    texts = [text for text in texts if isinstance(text, str)]
+    values = [turn.get("value") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    texts = [text for text in values if isinstance(text, str)]
     words = max(1, sum(len(text.split()) for text in texts))
     return words if any(IMAGE_MARK in text for text in texts) else -words

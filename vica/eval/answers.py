@@ -1,11 +1,12 @@
-"""Answers on disk: each process appends its own to a part as they come, and a run that was killed goes on from the
-parts. In the end they become one file, in the order of the questions, that does not tell how it came about."""
+"""Keeps answers on disk. Each process appends its answers to a part of its own as they come, and a run that was killed
+resumes from the parts. At the end they become one file, in the order of the questions, that does not show the parts."""
 
 import json
 import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ..utils.errors import ViCAError
 from .task import Question, listed
@@ -13,19 +14,22 @@ from .task import Question, listed
 FINAL, SETTINGS, PARTS, RESULT = "answers.jsonl", "run.json", "part-*.jsonl", "result.json"
 
 
-def record(question: Question, text: str | None, error: str | None = None) -> dict:
-    """A line of the file, with LLaVA's key names; `error` in place of a text where there is none."""
-    told = {"text": text} if error is None else {"error": error}
-    return {"question_id": question.id, "prompt": question.prompt, **told}
+def answer_line(question: Question, text: str | None, error: str | None = None) -> dict:
+    """Returns a line of the answer file, with LLaVA's key names; `error` in place of a text if the question failed."""
+    outcome = {"text": text} if error is None else {"error": error}
+    return {"question_id": question.id, "prompt": question.prompt, **outcome}
 
 
 class AnswerFiles:
     def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.part, self.file = folder, folder / PARTS.replace("*", f"{rank:04}"), None
+        self.folder, self.part = folder, folder / PARTS.replace("*", f"{rank:04}")
+        self.file: TextIO | None = None
 
     def restart(self) -> None:
-        """Drops all that is there, its settings last: killed in between, what is left is still known for what it is."""
-        for name in (*self._parts(), FINAL, *self._submission(), RESULT, SETTINGS):
+        """Removes all earlier files, the settings last: after a kill in between, the remaining files can still be
+        identified."""
+        names: list[str | Path] = [*self._parts(), FINAL, *self._submission(), RESULT, SETTINGS]
+        for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
     def claim(self, settings: dict) -> None:
@@ -35,22 +39,22 @@ class AnswerFiles:
             write_whole(self.folder / SETTINGS, json.dumps(settings) + "\n")
 
     def check(self, settings: dict) -> None:
-        """Answers of other settings are not gone on from."""
+        """Refuses to resume from answers that were given with other settings."""
         path = self.folder / SETTINGS
         if not path.exists():
             return
         try:
-            held = dict(json.loads(path.read_bytes()))
+            earlier = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ViCAError(f"{path} does not say what the answers beside it are of. --restart drops them") from error
-        if differs := [key for key in {**settings, **held} if held.get(key) != settings.get(key)]:
-            told = "; ".join(f"{key} {held.get(key)!r}, now {settings.get(key)!r}" for key in differs)
+        if differs := [key for key in {**settings, **earlier} if earlier.get(key) != settings.get(key)]:
+            shown = "; ".join(f"{key} {earlier.get(key)!r}, now {settings.get(key)!r}" for key in differs)
             raise ViCAError(
-                f"{self.folder} holds answers of another run: {told}. --restart drops them, --out FOLDER keeps them"
+                f"{self.folder} holds answers of another run: {shown}. --restart drops them, --out FOLDER keeps them"
             )
 
     def read(self) -> dict[Hashable, dict]:
-        """What was answered so far, by id; a question that failed may be asked again."""
+        """Returns the answers so far, by id. Failed questions are left out, so they are asked again."""
         final = self.folder / FINAL
         lines = list(read_answers(final).values()) if final.exists() else []
         lines += [line for part in self._parts() for line in read_records(part)]
@@ -61,8 +65,8 @@ class AnswerFiles:
         self.file.write(as_json(line))
         self.file.flush()
 
-    def mend(self) -> None:
-        """Drops the line that a kill cut short: what is appended must begin a line of its own."""
+    def drop_cut_line(self) -> None:
+        """Drops a last line that a kill cut short: the next append must begin on a line of its own."""
         if self.part.exists():
             with open(self.part, "rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -79,10 +83,10 @@ class AnswerFiles:
             part.unlink(missing_ok=True)
 
     def _submission(self) -> list[str]:
-        """The name of the file for the benchmark's server, which would be taken for the new answers'."""
+        """Returns the name of an earlier submission file, which would be mistaken for one of the new answers."""
         try:
             return [Path(json.loads((self.folder / RESULT).read_bytes())["submission"]).name]
-        except (OSError, ValueError, LookupError, TypeError):  # there is none
+        except (OSError, ValueError, LookupError, TypeError):  # no earlier submission
             return []
 
     def _parts(self) -> list[Path]:
@@ -90,7 +94,8 @@ class AnswerFiles:
 
 
 def as_json(value, indent: int | None = None) -> str:
-    """Letters as they are read, but for half a surrogate pair, for which UTF-8 has no form."""
+    """Returns JSON with readable letters, or with escapes if the text holds a lone surrogate, which UTF-8 cannot
+    encode."""
     text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
     try:
         text.encode()
@@ -100,7 +105,7 @@ def as_json(value, indent: int | None = None) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """All whole lines; the last may have been cut short, in the middle of a letter too."""
+    """Returns all whole lines; the last may have been cut short, even within a letter."""
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return [json.loads(line) for line in lines]
@@ -109,7 +114,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def read_answers(path: Path) -> dict[Hashable, dict]:
-    """The lines of a finished file by id, of which each may occur once."""
+    """Returns the lines of a finished file by id; each id may occur once."""
     lines = read_records(path)
     found = {line["question_id"]: line for line in lines}
     if len(found) < len(lines):
@@ -119,7 +124,7 @@ def read_answers(path: Path) -> dict[Hashable, dict]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is killed."""
+    """Writes all of the text or nothing, even if the process is killed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""Which option an answer means, where it is not just a letter: the rules of MMBench's public toolkit without a
+"""Finds the option that an answer means, if it is not just a letter, by the rules of MMBench's public toolkit without a
 language model as a judge ("exact matching")."""
 
 import re
@@ -12,7 +12,7 @@ REFUSALS = (
 
 
 def chosen(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that an answer means; None, or a Z, for no option."""
+    """Returns the letter of the option that an answer means; None, or a Z, for no option."""
     return _by_letter(answer, options) or _by_text(answer, options)
 
 
@@ -21,7 +21,7 @@ def _by_letter(answer: str, options: dict[str, str]) -> str | None:
         return "Z"
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # further ahead an A is an article
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # earlier in the text an A is an article
         return named[0]
     if not named and "Z" in words:
         return "Z"

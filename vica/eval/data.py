@@ -1,4 +1,4 @@
-"""Where benchmarks lie: files in LLaVA's folders, or datasets of the hub, which are fetched once and kept."""
+"""Reads benchmark data: files in LLaVA's folders, or datasets of the hub, which are downloaded once and kept."""
 
 import json
 import re
@@ -10,11 +10,11 @@ from pathlib import Path
 from ..utils.errors import ViCAError
 from .task import StoredImage
 
-MOVED = re.compile("^lmms-lab/")  # in 2026, to lmms-lab-encoder; who has fetched it before has it under the old name
+MOVED = re.compile("^lmms-lab/")  # in 2026, to lmms-lab-encoder; earlier downloads are cached under the old name
 
 
 def need(path: Path, get: str) -> Path:
-    """`path`, which must be there; `get` says what to do where it is not."""
+    """Returns `path`, which must exist; `get` tells the user how to get it."""
     if not path.exists():
         raise ViCAError(f"{path} is not there. {get}")
     return path
@@ -29,7 +29,7 @@ def read_json(path: Path, get: str):
 
 
 def read_lines(path: Path, get: str) -> Iterator[dict]:
-    """The records of a file of JSON lines."""
+    """Yields the records of a file of JSON lines."""
     with open(need(path, get), "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -40,8 +40,8 @@ def read_lines(path: Path, get: str) -> Iterator[dict]:
 
 
 def hub_rows(repository: str, split: str, config: str | None = None, image: str = "image"):
-    """A dataset of the hub, from the cache where it is there (HF_HUB_OFFLINE=1: from nowhere else), with its images
-    left as they are stored."""
+    """Returns a dataset of the hub, from the cache if it is there (with HF_HUB_OFFLINE=1 from the cache only), with its
+    images left as they are stored."""
     try:
         import datasets
     except ImportError as error:
@@ -51,7 +51,7 @@ def hub_rows(repository: str, split: str, config: str | None = None, image: str 
         try:
             rows = datasets.load_dataset(name, config, split=split)
             break
-        except Exception as error:  # of many kinds, its own and the network's
+        except Exception as error:  # of many types: the library's own and the network's
             failures.append((str(error).strip() or type(error).__name__).splitlines()[0])
     else:
         raise ViCAError(
@@ -70,14 +70,14 @@ def stored_image(rows, row: int, key: str, column: str = "image") -> StoredImage
 
 def _read_image(rows, row: int, column: str) -> bytes:
     stored = rows[row][column]
-    if isinstance(stored, list):  # SEED-Bench: the frames of a video, or one image
+    if isinstance(stored, list):  # SEED-Bench stores the frames of a video, or one image
         stored = stored[0]
     return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
 
 def stored_images(rows, column: str = "image") -> list[StoredImage | None]:
-    """The pictures of a dataset that does not name them: rows that hold the same bytes share their key. None where a
-    row has no picture."""
+    """Returns the images of a dataset that does not name them: rows with the same bytes share a key. None if a row has
+    none."""
     return [
         stored and stored_image(rows, row, _picture_name(stored), column) for row, stored in enumerate(rows[column])
     ]

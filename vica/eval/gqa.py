@@ -1,4 +1,4 @@
-"""GQA: short answers to questions that were made from scene graphs, on the balanced half of testdev."""
+"""GQA: short answers to questions generated from scene graphs, on the balanced half of testdev."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
     figures = {"all": _count(questions, answers)}
     if structured := [question for question in questions if "structural" in question.gold]:
-        kinds = {"binary": [], "open": []}
+        kinds: dict[str, list[Question]] = {"binary": [], "open": []}
         for question in structured:
             kinds["open" if question.gold["structural"] == "query" else "binary"].append(question)
         figures |= {kind: _count(asked, answers) for kind, asked in kinds.items()}

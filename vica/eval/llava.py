@@ -1,4 +1,4 @@
-"""What LLaVA-1.5's evaluation says after each question, and how its question files are read."""
+"""The texts that LLaVA-1.5's evaluation adds to questions, and a reader for its question files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,13 @@ OPTION_LETTER = "\nAnswer with the option's letter from the given choices direct
 
 
 def eval_zip(folder: Path) -> str:
-    """What gets a benchmark's questions into its folder, which is one of those in the archive."""
+    """Returns the commands that get a benchmark's questions into its folder, which is one of those in the archive."""
     unpack = f"gdown 1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy && unzip eval.zip -d {folder.parent}"
     return f"It is in LLaVA's eval.zip, unpacked into {folder.parent}: {unpack}"
 
 
 def records(path: Path, get: str, *names: str) -> Iterator[tuple]:
-    """These fields of each line of a file of JSON lines."""
+    """Yields these fields of each line of a file of JSON lines."""
     for line in read_lines(path, get):
         try:
             yield tuple(line[name] for name in names)

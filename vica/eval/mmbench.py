@@ -1,9 +1,10 @@
 """MMBench and MMBench_CN: one picture, a question and two to four options.
 
 Their tables hold each question once for each rotation of its options: rows 1000241, 2000241 ... are row 241 with its
-options in another order. The circular accuracy, which papers report, counts a question only where all of its rows are
+options in another order. The circular accuracy, which papers report, counts a question only if all of its rows are
 right; vanilla accuracy counts the rows that are not rotated. LLaVA's --all-rounds would rotate each row once more; its
-scripts do not ask for it, and neither is it done here. In a table without rotated rows both accuracies are the same."""
+scripts do not use it, and neither does this module. In a table without rotated rows both accuracies are the same.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ INSTRUCTIONS = {
 }
 LETTERS = "ABCD"
 TURN = 1_000_000  # a rotated row's number is its question's plus this, twice this, ...
-# What pandas, by which LLaVA's script reads the table, takes for an empty cell; nan and none count in any case.
+# Texts that pandas, with which LLaVA's script reads the table, takes for an empty cell; nan and none count in any case.
 NOTHING = set("|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|n/a|null|-nan|-NaN".split("|"))
 
 
@@ -41,7 +42,7 @@ def read(name: str, folder: Path, split: str) -> list[Question]:
     for place, row in read_table(path):
         if lacking := {"index", "question", "image", *"AB"} - row.keys():
             raise ViCAError(f"{path} has no column {', '.join(sorted(lacking))}")
-        where = cell = row.pop("image")  # the picture, or the number of the row that has it
+        where = cell = row.pop("image")  # the picture, or the number of the row that holds it
         if len(cell) > 64:
             where = row["index"]
             pictures[where] = StoredImage(sha1(cell.encode()).hexdigest(), partial(read_picture, path, place, "image"))
@@ -78,32 +79,33 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
             "circular accuracy", None, [("ability", "rows"), ("all", len(questions))], {"rows": len(questions)}
         )
     rows_of: dict[int, list[tuple[Question, bool]]] = defaultdict(list)
-    for one in sorted(questions, key=lambda one: one.id):  # an unrotated row comes first
+    for one in sorted(questions, key=lambda one: one.id):  # the unrotated row comes first
         right = chosen(answers[one.id], one.gold["options"]) == one.gold["answer"]
-        rows_of[one.id % TURN].append((one, right))
+        rows_of[int(one.id) % TURN].append((one, right))
     parts = {"all": _accuracies(rows_of.values())}
     for kind in ("l2-category", "category"):
         for name in sorted({str(rows[0][0].gold[kind]) for rows in rows_of.values()}):
             mine = [rows for rows in rows_of.values() if str(rows[0][0].gold[kind]) == name]
             parts[f"{kind}: {name}"] = _accuracies(mine)
     kinds = ("circular", "vanilla", "vanilla_all")
-    table = [("ability", "circular", "vanilla", "vanilla, all rows", "questions")]
+    table: list[tuple] = [("ability", "circular", "vanilla", "vanilla, all rows", "questions")]
     table += [(name, *(f"{part[kind]:.2f}" for kind in kinds), part["questions"]) for name, part in parts.items()]
     return Score("circular accuracy", parts["all"]["circular"], table, {**parts["all"], "parts": parts})
 
 
 def _accuracies(groups: Iterable[list[tuple[Question, bool]]]) -> dict[str, float]:
-    groups = [[right for _, right in rows] for rows in groups]
+    rights = [[right for _, right in rows] for rows in groups]
     return {
-        "questions": len(groups),
-        "circular": percent(sum(map(all, groups)), len(groups)),
-        "vanilla": percent(sum(rows[0] for rows in groups), len(groups)),
-        "vanilla_all": percent(sum(map(sum, groups)), sum(map(len, groups))),
+        "questions": len(rights),
+        "circular": percent(sum(map(all, rights)), len(rights)),
+        "vanilla": percent(sum(rows[0] for rows in rights), len(rights)),
+        "vanilla_all": percent(sum(map(sum, rights)), sum(map(len, rights))),
     }
 
 
 def submit(name: str, questions: Sequence[Question], answers: Answers, folder: Path) -> Path:
-    """The columns, in their order, of LLaVA's spreadsheet: the table's own without the hint, picture and abilities."""
+    """Writes LLaVA's spreadsheet, with its columns in their order: the table's own without hint, picture and
+    abilities."""
     check_answers(questions, answers)
     extra = [column for column in ("answer", "split") if any(one.gold[column] is not None for one in questions)]
     rows = [["index", "question", *LETTERS, "prediction", *extra]]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import ViCAError
 from .data import hub_rows, need, stored_image
@@ -18,12 +19,13 @@ RELEASE = (
     "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models; the hub has the same questions: "
     "vica eval mme --hub"
 )
-YES_OR_NO = "Please answer yes or no."  # MME's own files end with it, LLaVA asks for a word or phrase instead
+YES_OR_NO = "Please answer yes or no."  # MME's own files end with it; LLaVA asks for a word or phrase instead
 
 
 def read(folder: Path, split: str) -> list[Question]:
     root, path = need(folder / "MME_Benchmark_release_version", RELEASE), folder / "llava_mme.jsonl"
-    asked, known = [], {}
+    asked: list[tuple[str, str, str, Path | StoredImage, str]] = []
+    known: dict[str, dict[str, str]] = {}
     for name, text, category in records(path, eval_zip(folder), "question_id", "text", "category"):
         known[name] = known.get(name) or _answers(root, name)
         if (bare := _bare(text)) not in known[name]:
@@ -43,7 +45,8 @@ def read_hub(split: str) -> list[Question]:
 
 def score(questions: Sequence[Question], answers: Answers) -> Score:
     check_answers(questions, answers)
-    figures, rows = {}, [("category", "accuracy", "accuracy+", "score")]
+    figures: dict[str, dict[str, Any]] = {}
+    rows: list[tuple] = [("category", "accuracy", "accuracy+", "score")]
     for group, categories in GROUPS.items():
         asked = {name: [q for q in questions if q.gold["category"] == name] for name in categories}
         counted = {name: _count(asked[name], answers) for name in categories if asked[name]}
@@ -54,17 +57,17 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     return Score("perception", figures["perception"]["score"], rows, figures, full=2000)
 
 
-def reading(answer: str) -> str:
-    """yes, no, or other: what the first four characters hold."""
+def yes_or_no(answer: str) -> str:
+    """Returns yes, no or other: the word that the first four characters hold."""
     start = answer.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def _count(asked: Sequence[Question], answers: Answers) -> dict:
-    said = [reading(answers[question.id]) for question in asked]
+    said = [yes_or_no(answers[question.id]) for question in asked]
     wrong = [question.gold["picture"] for question, word in zip(asked, said) if word != question.gold["answer"]]
     pictures = {question.gold["picture"] for question in asked}
-    # Shares first and hundreds after, as the authors do it, so that the sums agree to the last bit.
+    # Divide first and multiply by 100 after, as the authors do, so that the sums agree to the last bit.
     accuracy = 100 * ((len(asked) - len(wrong)) / len(asked))
     plus = 100 * (len(pictures - set(wrong)) / len(pictures))
     counts = dict(questions=len(asked), pictures=len(pictures), other=said.count("other"))
@@ -72,8 +75,10 @@ def _count(asked: Sequence[Question], answers: Answers) -> dict:
 
 
 def _paired(asked: Iterable[tuple[str, str, str, Path | StoredImage, str]]) -> list[Question]:
-    """Questions from (picture's name, prompt, category, picture, answer). LLaVA calls both of a picture by its name."""
-    times, questions, categories = Counter(), [], sum(GROUPS.values(), [])
+    """Returns questions from (picture's name, prompt, category, picture, answer). LLaVA names both questions of a
+    picture after it."""
+    times: Counter[str] = Counter()
+    questions, categories = [], sum(GROUPS.values(), [])
     for name, prompt, category, picture, answer in asked:
         if category not in categories:
             raise ViCAError(f"MME has no category {category!r}, of {name}; it has {', '.join(categories)}")
@@ -86,7 +91,8 @@ def _paired(asked: Iterable[tuple[str, str, str, Path | StoredImage, str]]) -> l
 
 
 def _answers(root: Path, name: str) -> dict[str, str]:
-    """By question. Some categories keep texts and pictures apart, in this release or another."""
+    """Returns the answers by question. Some categories keep texts and pictures in separate folders, in this release or
+    another."""
     category, file = name.split("/")[0], name.split("/")[-1].split(".")[0] + ".txt"
     apart = root / category / "questions_answers_YN"
     path = need((apart if apart.is_dir() else root / category) / file, RELEASE)

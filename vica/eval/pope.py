@@ -1,5 +1,5 @@
-"""POPE: is there such a thing in the picture? What is not there was drawn at random, from things that are often in
-pictures (popular), or from things that are often beside what is there (adversarial)."""
+"""POPE: is there such a thing in the picture? An absent thing was drawn at random, from things that are frequent in
+pictures (popular), or from things that often occur beside present ones (adversarial)."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .data import hub_rows, need, stored_image
 from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers
 
-FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # LLaVA's ids: this plus POPE's own
+FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # LLaVA's id is this plus POPE's own
 KINDS = ("random", "popular", "adversarial")
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 LABELS = (
@@ -27,7 +27,7 @@ def read(folder: Path, split: str) -> list[Question]:
     pictures, questions = need(folder / "val2014", PICTURES.format(folder=folder)), []
     path = folder / "llava_pope_test.jsonl"
     for id, image, text, kind in records(path, eval_zip(folder), "question_id", "image", "text", "category"):
-        answer = labels.get(kind, {}).get(_asked(image, text))
+        answer = labels.get(kind, {}).get(_question_key(image, text))
         if answer is None:
             raise ViCAError(f"{path} asks {id}, of which {folder}/coco/coco_pope_{kind}.json knows nothing. {get}")
         questions.append(Question(id, text, pictures / image, dict(answer=answer, kind=kind)))
@@ -35,7 +35,8 @@ def read(folder: Path, split: str) -> list[Question]:
 
 
 def read_hub(split: str) -> list[Question]:
-    """POPE's newer files: 90 more random questions than LLaVA's, and "an apple" where LLaVA asks for "a apple"."""
+    """Returns the questions of POPE's newer files: 90 more random questions than LLaVA's, and "an apple" instead of
+    LLaVA's "a apple"."""
     rows = hub_rows("lmms-lab/POPE", split)
     return [
         Question(
@@ -49,7 +50,7 @@ def read_hub(split: str) -> list[Question]:
 
 
 def wrong(question: Question) -> str:
-    """Not an empty answer, which counts as yes."""
+    """Returns a wrong answer. An empty answer would not do: it counts as yes."""
     return "yes" if question.gold["answer"] == "no" else "no"
 
 
@@ -62,19 +63,20 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
             figures[kind] = _count(said)
     average = {name: sum(split[name] for split in figures.values()) / len(figures) for name in FIGURES}
     figures["average"] = average
-    rows = [("split", "accuracy", "precision", "recall", "F1", "yes ratio")]
+    rows: list[tuple] = [("split", "accuracy", "precision", "recall", "F1", "yes ratio")]
     rows += [(kind, *(f"{split[name]:.2f}" for name in FIGURES)) for kind, split in figures.items()]
     return Score("F1", average["f1"], rows, figures)
 
 
 def says_no(answer: str) -> bool:
-    """Everything else counts as a yes, nothing at all too."""
+    """Returns whether the answer counts as a no. Everything else counts as a yes, even an empty answer."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"}.isdisjoint(words)
 
 
 def _count(said: list[tuple[bool, bool]]) -> dict:
-    """Of answers (is it a yes?, should it be?). A share of nothing is 0, where the authors' script would stop."""
+    """Returns the figures of (answered yes?, should be yes?) pairs. A share of nothing is 0; the authors' script would
+    stop."""
     right, wrong = said.count((True, True)), said.count((True, False))
     missed, refused = said.count((False, True)), said.count((False, False))
     precision, recall = right / max(1, right + wrong), right / max(1, right + missed)
@@ -85,11 +87,12 @@ def _count(said: list[tuple[bool, bool]]) -> dict:
 
 
 def _labels(path: Path, get: str) -> dict[tuple[str, str], str]:
-    return {_asked(image, text): label for image, text, label in records(path, get, "image", "text", "label")}
+    return {_question_key(image, text): label for image, text, label in records(path, get, "image", "text", "label")}
 
 
-def _asked(image: str, text: str) -> tuple[str, str]:
-    """What a question is known by: POPE's authors mended "a apple" and "imange" after LLaVA had taken its copy."""
+def _question_key(image: str, text: str) -> tuple[str, str]:
+    """Returns the key of a question. POPE's authors corrected "a apple" and "imange" after LLaVA had taken its copy, so
+    the full text does not match."""
     thing = re.match("Is there an? (.+) in the ", text)
     return image, thing[1] if thing else text.removesuffix(SHORT_ANSWER)
 

@@ -1,7 +1,7 @@
-"""Several processes, one a GPU, on one machine or many: which questions are whose, and how answers come together."""
+"""Several processes, one a GPU, on one or many machines: shares the questions among them and gathers the answers."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ..utils.errors import ViCAError
 from .task import Question
 
-PATIENCE = timedelta(days=7)  # one process may be done long before another
+TIMEOUT = timedelta(days=7)  # one process may finish long before another
 
 
 @dataclass(frozen=True)
@@ -27,34 +27,45 @@ class Ranks:
         return self.rank == 0
 
     def device(self, wanted: str | None) -> str | None:
-        """This process's own card, where no other is `wanted`; None leaves the choice to who loads the model."""
+        """Returns this process's own card unless another device is `wanted`; None leaves the choice to the loader."""
         own = self.world > 1 and torch.cuda.is_available() and wanted in (None, "cuda")
         return f"cuda:{self.local}" if own else wanted
 
     def share(self, questions: Sequence[Question]) -> list[Question]:
-        """This process's questions, those about one image one after another: it is encoded once."""
+        """Returns this process's questions. Those about one image follow each other, so that it is encoded once."""
         groups: dict[Any, list[Question]] = {}
         for place, question in enumerate(questions):
             groups.setdefault(place if question.image_key is None else question.image_key, []).append(question)
         return [question for group in list(groups.values())[self.rank :: self.world] for question in group]
 
     def gather(self, value) -> list | None:
-        """Everybody's values, for the first; the others get None."""
+        """Returns the values of all processes to the first; the others get None."""
         if self.world == 1:
             return [value]
         gathered = [None] * self.world if self.first else None
-        with self._together():
+        with self._explained():
             dist.gather_object(value, gathered)
         return gathered
 
     def wait(self) -> None:
         if self.world > 1:
-            with self._together():
+            with self._explained():
                 dist.barrier()
 
     @contextmanager
-    def _together(self):
-        """Gloo's words for a process that has gone, a traceback of its own, would hide what that one had to say."""
+    def in_turn(self) -> Iterator[None]:
+        """Runs the body in the first process, and then in all others, which find the first one's files."""
+        self.wait()
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+        self.wait()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Replaces Gloo's error about a process that has gone: its traceback would hide the message of that process."""
         try:
             yield
         except RuntimeError as error:
@@ -65,14 +76,14 @@ class Ranks:
 
 @contextmanager
 def all_ranks():
-    """The processes that torchrun started; without it, this one alone."""
+    """Joins the processes that torchrun started; without it, this process alone."""
     rank, world, local = (
         int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     if world == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield Ranks(rank, world, local)
     finally:

@@ -1,4 +1,4 @@
-"""All benchmarks of a run in one table: on screen, as JSON, CSV and Markdown, and as a radar plot."""
+"""Reports all benchmarks of a run in one table: on screen, as JSON, CSV and Markdown, and as a radar plot."""
 
 import csv
 import io
@@ -18,12 +18,13 @@ HEADING = ("benchmark", "metric", "score", "of baseline", "visual GFLOPs", "ques
 
 
 def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline: dict[str, float | None]) -> dict:
-    """`visual_gflops` is what the decoder spends on the visual tokens of one image; `baseline` are scores by task."""
+    """Returns the summary. `visual_gflops` is the decoder's cost of one image's visual tokens; `baseline` has scores by
+    task."""
     rows = []
     for outcome in outcomes:
         value = outcome.score.value if outcome.score else None
         base = baseline.get(outcome.task.name)
-        told = outcome.as_json()
+        figures = outcome.as_json()
         rows.append(
             dict(
                 task=outcome.task.name,
@@ -34,7 +35,7 @@ def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline
                 percent_of_baseline=100 * value / base if value is not None and base else None,
                 visual_gflops=visual_flops(config, visual_tokens(config)) / 1e9,
                 questions=outcome.questions,
-                questions_per_s=told["questions_per_s"],
+                questions_per_s=figures["questions_per_s"],
                 failed=len(outcome.failed),
             )
         )
@@ -42,37 +43,37 @@ def summarise(outcomes: list[Outcome], about: dict, config: ViCAConfig, baseline
 
 
 def with_earlier(rows: list[dict], path: Path, about: dict) -> list[dict]:
-    """With those that an earlier summary of the same model and settings has of other benchmarks."""
+    """Returns the rows together with those of other benchmarks in an earlier summary of the same model and settings."""
     try:
-        held = json.loads(path.read_bytes())
-        known = {row["task"]: row for row in held.pop("benchmarks") if row["task"] in TASKS}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or another program's
+        earlier = json.loads(path.read_bytes())
+        known = {row["task"]: row for row in earlier.pop("benchmarks") if row["task"] in TASKS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no summary, or another program's
         return rows
-    if held != about:
+    if earlier != about:
         return rows
     known |= {row["task"]: row for row in rows}
     return [known[name] for name in sorted(known, key=list(TASKS).index)]
 
 
 def read_baseline(path: Path, counts: dict[str, int]) -> dict[str, float | None]:
-    """Scores by task of another run's summary. `counts` says how many questions each benchmark has in this run:
-    percents of the score of others would mislead."""
+    """Returns the scores by task from another run's summary. `counts` holds this run's number of questions by
+    benchmark: a percentage of a score on other questions would mislead."""
     try:
         rows = json.loads(path.read_bytes())["benchmarks"]
-        held = {row["task"]: (row["score"], row["questions"]) for row in rows}
+        scores = {row["task"]: (row["score"], row["questions"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ViCAError(f"{path} is no summary.json of vica eval") from error
-    for name, (_, count) in held.items():
+    for name, (_, count) in scores.items():
         if counts.get(name, count) != count:
             raise ViCAError(
                 f"{path} has {count} questions of {name}, this run {counts[name]}: --limit, --split and the data must "
                 "be the same"
             )
-    return {name: score for name, (score, _) in held.items()}
+    return {name: score for name, (score, _) in scores.items()}
 
 
 def cells(summary: dict) -> list[tuple]:
-    """The table's rows as words."""
+    """Returns the table's rows as texts."""
 
     def shown(value, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -94,7 +95,8 @@ def cells(summary: dict) -> list[tuple]:
 
 
 def save(summary: dict, folder: Path) -> list[Path]:
-    """summary.json, .csv, .md and, where matplotlib is installed and there are three scores at least, .png."""
+    """Writes summary.json, .csv, .md and, if matplotlib is installed and there are at least three scores, .png. Returns
+    the paths."""
     rows = cells(summary)
     lines = [HEADING, ("---",) * len(HEADING), *rows]
     texts = {
@@ -105,9 +107,9 @@ def save(summary: dict, folder: Path) -> list[Path]:
     for kind, text in texts.items():
         write_whole(folder / f"summary.{kind}", text)
     paths = [folder / f"summary.{kind}" for kind in texts]
-    (folder / "summary.png").unlink(missing_ok=True)  # of an earlier run, of other benchmarks
+    (folder / "summary.png").unlink(missing_ok=True)  # from an earlier run of other benchmarks
     scored = [row for row in summary["benchmarks"] if row["score"] is not None]
-    if len(scored) >= 3 and draw(summary, scored, folder / "summary.png"):
+    if len(scored) >= 3 and plot_radar(summary, scored, folder / "summary.png"):
         paths.append(folder / "summary.png")
     return paths
 
@@ -120,8 +122,9 @@ def as_csv(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def draw(summary: dict, rows: list[dict], path: Path) -> bool:
-    """A radar plot: percent of the baseline where there is one, else of each benchmark's full score."""
+def plot_radar(summary: dict, rows: list[dict], path: Path) -> bool:
+    """Plots a radar chart: percent of the baseline if all have one, else of each benchmark's full score. Returns
+    whether it could: it needs matplotlib."""
     try:
         import matplotlib
     except ImportError:

@@ -1,6 +1,7 @@
-"""SEED-Bench's questions about images: one of four options, of nine types. Those about videos are left out.
+"""SEED-Bench's questions about images: one of four options, of nine types. Its questions about videos are left out.
 
-Where an id is that of two questions, the second is told by #2."""
+If two questions share an id, the second gets the suffix #2.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -32,12 +33,12 @@ def read(folder: Path, split: str) -> list[Question]:
     asked = {question.id for question in questions}
     if left := [id for id in known if id not in asked]:
         raise ViCAError(f"{path} leaves out {len(left)} questions of SEED-Bench.json: {listed(left)}")
-    return _told_apart(questions)
+    return _with_distinct_ids(questions)
 
 
 def read_hub(split: str) -> list[Question]:
     rows = hub_rows("lmms-lab/SEED-Bench", split)
-    return _told_apart(
+    return _with_distinct_ids(
         Question(
             _id(row["question_id"]),
             prompt(row["question"], [row[f"choice_{letter}"] for letter in "abcd"]),
@@ -54,7 +55,7 @@ def prompt(question: str, options: list[str]) -> str:
 
 
 def score(questions: Sequence[Question], answers: Answers) -> Score:
-    """Only the bare letter counts, as LLaVA counts it: neither "A." nor "a" is A."""
+    """Returns the score. Only the bare letter counts, as in LLaVA: neither "A." nor "a" is A."""
     check_answers(questions, answers)
     figures = {}
     for type in dict.fromkeys([*TYPES, *(question.gold["type"] for question in questions)]):
@@ -72,12 +73,13 @@ def _count(questions: Sequence[Question], answers: Answers) -> dict:
 
 
 def _known(path: Path) -> dict[int | str, list[tuple[str, str, dict]]]:
-    """The questions about images by id: of each its picture, its words, and what the scorer needs to know."""
+    """Returns the questions about images by id: for each its picture, its words, and the scorer's data."""
     get = QUESTIONS.format(folder=path.parent)
-    told, known = read_json(path, get), {}
+    published = read_json(path, get)
+    known: dict[int | str, list[tuple[str, str, dict]]] = {}
     try:
-        names = {number: name for name, number in told["question_type"].items()}
-        for one in told["questions"]:
+        names = {number: name for name, number in published["question_type"].items()}
+        for one in published["questions"]:
             if one["data_type"] == "image":
                 gold = dict(answer=one["answer"], type=names[one["question_type_id"]])
                 known.setdefault(_id(one["question_id"]), []).append((one["data_id"], one["question"], gold))
@@ -86,17 +88,18 @@ def _known(path: Path) -> dict[int | str, list[tuple[str, str, dict]]]:
     return known
 
 
-def _told_apart(questions: Iterable[Question]) -> list[Question]:
-    times, apart = Counter(), []
+def _with_distinct_ids(questions: Iterable[Question]) -> list[Question]:
+    times: Counter[int | str] = Counter()
+    distinct = []
     for question in questions:
         times[question.id] += 1
         count = times[question.id]
-        apart.append(question if count == 1 else replace(question, id=f"{question.id}#{count}"))
-    return apart
+        distinct.append(question if count == 1 else replace(question, id=f"{question.id}#{count}"))
+    return distinct
 
 
 def _id(id: int | str) -> int | str:
-    """SEED-Bench writes numbers as text, LLaVA as numbers."""
+    """Returns an id as a number if it is one: SEED-Bench writes numbers as text, LLaVA as numbers."""
     return int(id) if str(id).isdecimal() else id
 
 

@@ -1,6 +1,7 @@
 """ScienceQA: school questions with two to five options, half of them about a picture.
 
-Its splits: `test` is all of the authors' test, `image` its questions with a picture (SQA-I in papers)."""
+Its splits: `test` is all of the authors' test, `image` its questions with a picture (SQA-I in papers).
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def read(folder: Path, split: str) -> list[Question]:
 
 
 def read_hub(split: str) -> list[Question]:
-    """The hub's rows have no numbers: a question's id is its row."""
+    """Returns the hub's questions. Its rows have no ids, so a question's id is its row number."""
     rows = hub_rows(REPOSITORY, "test", CONFIGS[split])
     return [
         Question(number, _prompt(row), image, _gold({**row, "image": image}))
@@ -68,7 +69,7 @@ def _prompt(row: dict) -> str:
     context = [f"Context: {row['hint']}"] if row["hint"].strip() else []
     options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"])]
     text = "\n".join([*context, row["question"], *options])
-    return text.replace("  ", " ").strip() + OPTION_LETTER  # so was LLaVA's file made
+    return text.replace("  ", " ").strip() + OPTION_LETTER  # LLaVA's file was made this way
 
 
 def _gold(problem: dict) -> dict:
@@ -78,9 +79,9 @@ def _gold(problem: dict) -> dict:
 
 
 def chosen(answer: str, choices: int) -> int | None:
-    """The number of the choice that an answer names: by a letter alone, by `X. ` at its beginning, or by one
-    `The answer is X` with anything after it (LLaVA's pattern, whose dot stands for any character)."""
-    letter = answer
+    """Returns the number of the choice that an answer names: by a letter alone, by `X. ` at its beginning, or by one
+    `The answer is X` with any character after it (the dot of LLaVA's pattern matches any)."""
+    letter: str | None = answer
     if answer not in LETTERS:
         said = re.findall(r"The answer is ([A-Z]).", answer)
         letter = answer[0] if answer[:1] in LETTERS and answer[1:3] == ". " else said[0] if len(said) == 1 else None
@@ -95,7 +96,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
     figures = {"all": _accuracy(right)}
     for name, belongs in parts.items():
         figures[name] = _accuracy([hit for hit, one in zip(right, questions) if belongs(one.gold)])
-    rows = [("questions about", "accuracy", "questions")]
+    rows: list[tuple] = [("questions about", "accuracy", "questions")]
     rows += [(name, f"{figures[name]['accuracy']:.2f}", figures[name]["questions"]) for name in ("all", *PARTS)]
     accuracy = figures["all"]["accuracy"]
     return Score("accuracy", accuracy, rows, {"accuracy": accuracy, "questions": len(right), "parts": figures})

@@ -1,4 +1,5 @@
-"""Tables as MMBench has them: values between tabs, whose pictures stay in the file, and its server's spreadsheets."""
+"""Reads MMBench's tables of tab-separated values, whose pictures stay in the file, and writes its server's
+spreadsheets."""
 
 import base64
 import csv
@@ -28,12 +29,13 @@ PARTS = {
     ' Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet"'
     ' Target="worksheets/sheet1.xml"/></Relationships>',
 }
-NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what a model may say and XML may not
+# characters that a model may write and XML may not hold
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 LONGEST_CELL = 32767
 
 
 def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a table of values between tabs, each with the place in the file where it begins."""
+    """Yields the rows of a table of tab-separated values, each with its byte position in the file."""
     with open(path, "rb") as file:
         rows = _rows(file)
         heading = next(rows, [])
@@ -49,7 +51,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def read_picture(path: Path, place: int, column: str) -> bytes:
-    """The picture, in base64, of the row that begins at `place`."""
+    """Returns the base64 picture of the row that begins at byte `place`."""
     with open(path, "rb") as file:
         heading = next(_rows(file))
         file.seek(place)
@@ -58,20 +60,20 @@ def read_picture(path: Path, place: int, column: str) -> bytes:
 
 def _rows(file) -> Iterator[list[str]]:
     csv.field_size_limit(1 << 30)  # a picture is a field
-    # by readline, which reads no further than the row at hand: the place of the next one is then the file's own
+    # readline reads no further than the current row, so file.tell() is the position of the next one
     return csv.reader((line.decode("utf-8-sig") for line in iter(file.readline, b"")), delimiter="\t")
 
 
 def write_spreadsheet(path: Path, rows: Sequence[Sequence]) -> Path:
-    """An .xlsx of numbers, texts and empty cells. All texts are given as such: an answer that begins with = is no
-    formula."""
+    """Writes an .xlsx of numbers, texts and empty cells. All texts are marked as such: an answer that begins with = is
+    no formula."""
     lines = "".join(f"<row>{''.join(map(_cell, row))}</row>" for row in rows)
     sheet = (
         f'<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>{lines}</sheetData>'
     )
     with ZipFile(path, "w", ZIP_DEFLATED) as file:
         for name, text in {**PARTS, "xl/worksheets/sheet1.xml": sheet + "</worksheet>"}.items():
-            part = ZipInfo(name)  # without today's date: the same answers are the same file
+            part = ZipInfo(name)  # without today's date: equal answers give equal files
             part.compress_type = ZIP_DEFLATED
             file.writestr(part, '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + text)
     return path

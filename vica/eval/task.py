@@ -1,5 +1,6 @@
-"""What a benchmark is: questions read from one of two places, and a score made of their answers."""
+"""Defines a benchmark: questions read from one of two places, and a score computed from their answers."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ Answers = Mapping[Hashable, str]  # by question id
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image inside a dataset, read when its turn comes. Rows of one `key` hold the same picture."""
+    """An image inside a dataset, read only when it is needed. Rows with the same `key` hold the same picture."""
 
     key: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
@@ -20,8 +21,8 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Question:
-    """`id` is unique in its task, and JSON's: a number or a text. `prompt` is the user's message without `<image>`.
-    `gold` is what the scorer needs to know of the question, the right answer first of all."""
+    """One question. `id` is unique in its task and is a number or a text, for JSON. `prompt` is the user's message
+    without `<image>`. `gold` holds the scorer's data, above all the right answer."""
 
     id: int | str
     prompt: str
@@ -30,13 +31,15 @@ class Question:
 
     @property
     def image_key(self) -> str | None:
-        return self.image.key if isinstance(self.image, StoredImage) else self.image and str(self.image)
+        if isinstance(self.image, StoredImage):
+            return self.image.key
+        return None if self.image is None else str(self.image)
 
 
 @dataclass(frozen=True)
 class Score:
-    """`value` is the one number that tables show, of `full` that can be had, None where only the benchmark's owners can
-    score; `rows` a table with its heading; `figures` all that was counted, as JSON takes it."""
+    """The score of a benchmark. `value` is the one number that tables show, out of `full`; None if only the benchmark's
+    owners can score. `rows` is a table with its heading; `figures` holds all counts, in JSON's types."""
 
     metric: str
     value: float | None
@@ -47,9 +50,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark. `read` takes LLaVA's folder and a split, `read_hub` a split; both give the questions in the order
-    of their files. `score` takes all questions and an answer for each. `submit` writes, into a folder, the file that
-    the benchmark's server accepts, and returns its path."""
+    """One benchmark. `read` takes LLaVA's folder and a split, `read_hub` a split; both return the questions in the
+    order of their files. `score` takes all questions and an answer for each. `submit` writes the file that the
+    benchmark's server accepts into a folder, and returns its path."""
 
     name: str
     title: str
@@ -60,7 +63,7 @@ class Task:
     read_hub: Callable[[str], list[Question]]
     score: Callable[[Sequence[Question], Answers], Score]
     submit: Callable[[Sequence[Question], Answers, Path], Path] | None = None
-    wrong: Callable[[Question], str] = lambda question: ""  # what stands for the answer of a question that failed
+    wrong: Callable[[Question], str] = lambda question: ""  # stands in for the answer of a failed question
 
     def check_split(self, split: str | None) -> str:
         if split is not None and split not in self.splits:
@@ -69,7 +72,7 @@ class Task:
 
 
 def check_answers(questions: Sequence[Question], answers: Answers) -> None:
-    """One answer for each question and no other."""
+    """Checks that there is one answer for each question and no other."""
     check_ids(questions)
     asked = {question.id for question in questions}
     if missing := [question.id for question in questions if question.id not in answers]:
@@ -79,8 +82,8 @@ def check_answers(questions: Sequence[Question], answers: Answers) -> None:
 
 
 def check_ids(questions: Sequence[Question]) -> None:
-    seen: set = set()
-    if twice := [q.id for q in questions if q.id in seen or seen.add(q.id)]:
+    times = Counter(question.id for question in questions)
+    if twice := [id for id, count in times.items() for _ in range(count - 1)]:
         raise ViCAError(f"{len(twice)} questions share their id with another: {listed(twice)}")
 
 

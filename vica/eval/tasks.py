@@ -1,4 +1,4 @@
-"""The benchmarks by name."""
+"""The table of benchmarks by name."""
 
 from ..utils.errors import ViCAError
 from . import gqa, mmbench, mme, pope, seed, sqa, textvqa, vqav2

@@ -26,9 +26,9 @@ def read(folder: Path, split: str) -> list[Question]:
         (one["image_id"], one["question"].lower()): one for one in read_json(folder / ANNOTATIONS, get)["data"]
     }
     need(folder / "train_images", GET_PICTURES.format(folder=folder))
-    # In this file question_id names the picture: the words of the question tell which one of its questions is meant.
+    # In this file question_id names the picture; only the words of the question tell which of its questions is meant.
     asked = records(folder / QUESTIONS, eval_zip(folder), "question_id", "text", "image")
-    return [_question(folder, *each, annotated) for each in asked]
+    return [_question(folder, picture, text, image, annotated) for picture, text, image in asked]
 
 
 def _question(folder: Path, picture: str, text: str, image: str, annotated: dict[tuple[str, str], dict]) -> Question:

@@ -1,8 +1,9 @@
-"""What VQAv2 and TextVQA have in common: short answers of ten people, and how two answers count as the same.
+"""Normalises short answers for VQAv2 and TextVQA and scores them against those of ten people.
 
-Both drop punctuation and map words alike. They differ before that: TextVQA's processor, which EvalAI's server uses too,
-lowers the case, drops commas and question marks and cuts `'s` off its word; VQAv2's own evaluation does not, and where
-all ten people gave the same answer it compares everything as it was written, case included."""
+Both drop punctuation and map words alike. They differ before that: TextVQA's processor, which EvalAI's server also
+uses, lowers the case, drops commas and question marks and cuts `'s` off its word; VQAv2's own evaluation does not, and
+if all ten people gave the same answer it compares everything as it was written, case included.
+"""
 
 import re
 from collections.abc import Sequence
@@ -41,14 +42,15 @@ CONTRACTIONS = dict(
 
 @lru_cache(maxsize=1 << 16)  # people's answers repeat
 def evalai_answer(answer: str) -> str:
-    """As TextVQA's evaluation and EvalAI's server see an answer."""
+    """Returns the answer as TextVQA's evaluation and EvalAI's server normalise it."""
     answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(_without_punctuation(_one_line(answer), re.compile(r"\.(?!\d)")))
 
 
 @lru_cache(maxsize=1 << 16)
 def vqa_answer(answer: str) -> str:
-    """As VQAv2's evaluation sees an answer. It is written for Python 2, where only ASCII's digits are digits."""
+    """Returns the answer as VQAv2's evaluation normalises it. That is written for Python 2, where only ASCII digits are
+    digits."""
     return _words(_without_punctuation(_one_line(answer), re.compile(r"\.(?![0-9])")))
 
 
@@ -64,7 +66,7 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
 
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Right if three people agree, averaged over all ways of leaving one person out."""
+    """Returns 1 if three people agree, averaged over all ways of leaving one person out."""
     agree = sum(each == answer for each in people)
     return sum(min(1, (agree - (each == answer)) / 3) for each in people) / len(people)
 
@@ -74,14 +76,14 @@ def _one_line(text: str) -> str:
 
 
 def _without_punctuation(text: str, period: re.Pattern) -> str:
-    """A mark goes without trace where it touches a space anywhere in the text, or where the text has a comma between
-    digits; elsewhere it becomes a space. A period goes unless a digit follows."""
+    """Returns the text without punctuation. A mark goes without trace if it touches a space anywhere in the text, or if
+    the text has a comma between digits; else it becomes a space. A period goes unless a digit follows."""
     number = re.search(r"[0-9],[0-9]", text) is not None
     kept = text
     for mark in PUNCTUATION:
         apart = number or mark + " " in text or " " + mark in text
         kept = kept.replace(mark, "" if apart else " ")
-    # The scripts pass a flag, re.UNICODE, in the place of a count: no more than its 32 periods go.
+    # The scripts pass a flag, re.UNICODE, in place of a count: no more than its 32 periods go.
     return period.sub("", kept, count=32)
 
 

@@ -1,10 +1,11 @@
-"""VQAv2: short answers about photographs. On val the accuracy over ten people's answers; test-dev is scored by the
-benchmark's server alone, which wants an answer, if an empty one, to every question of the whole test."""
+"""VQAv2: short answers about photographs. On val, the accuracy over ten people's answers. Only the benchmark's server
+scores test-dev, and it needs an answer, perhaps an empty one, to every question of the whole test."""
 
 import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import ViCAError
 from .data import hub_rows, need, read_json, stored_image
@@ -16,7 +17,7 @@ REPOSITORY = "lmms-lab/VQAv2"
 HUB_SPLITS = {"val": "validation", "test-dev": "testdev"}
 TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 WHOLE_TEST = "llava_vqav2_mscoco_test2015.jsonl"
-HUB_FOLDER = Path("playground/data/eval/vqav2")  # where the hub's reader looks for that list, which the hub has not
+HUB_FOLDER = Path("playground/data/eval/vqav2")  # read_hub looks for the list here: the hub does not have it
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 GET_VAL = (
@@ -52,7 +53,7 @@ def _read_val(folder: Path) -> list[Question]:
 
 
 def _read_test_dev(folder: Path) -> list[Question]:
-    need(folder / WHOLE_TEST, eval_zip(folder))  # now, not after hours of answers
+    need(folder / WHOLE_TEST, eval_zip(folder))  # fail now, not after hours of answers
     pictures = _pictures(folder, "test2015")
     return [
         Question(id, text, pictures / image, {"whole_test": str(folder)})
@@ -92,7 +93,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
         )
     each = [vqa_accuracy(answers[one.id], one.gold["answers"]) for one in questions]
     overall = percent(sum(each), len(each))
-    figures = {"accuracy": overall, "questions": len(each)}
+    figures: dict[str, Any] = {"accuracy": overall, "questions": len(each)}
     rows: list[tuple] = [("answers", "accuracy", "questions"), ("all", f"{overall:.2f}", len(each))]
     for kind in ("answer_type", "question_type"):
         parts = defaultdict(list)
@@ -105,8 +106,8 @@ def score(questions: Sequence[Question], answers: Answers) -> Score:
 
 
 def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Path:
-    """On val the file that the authors' own script scores, on test-dev the server's, with its answers processed and all
-    questions of the whole test in it."""
+    """Writes on val the file that the authors' own script scores, and on test-dev the server's, with normalised answers
+    and all questions of the whole test."""
     check_answers(questions, answers)
     if not all("whole_test" in one.gold for one in questions):
         return _write(folder / "vqav2_val.json", {one.id: answers[one.id] for one in questions})
@@ -117,7 +118,7 @@ def submit(questions: Sequence[Question], answers: Answers, folder: Path) -> Pat
     return _write(folder / "vqav2_test-dev.json", given | {one.id: evalai_answer(answers[one.id]) for one in questions})
 
 
-def _write(path: Path, given: dict[int, str]) -> Path:
+def _write(path: Path, given: dict[int | str, str]) -> Path:
     path.write_text(json.dumps([{"question_id": id, "answer": answer} for id, answer in given.items()]))
     return path
 

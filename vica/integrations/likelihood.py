@@ -1,4 +1,4 @@
-"""How likely a model finds given answers: by the plain model, many rows at once."""
+"""Scores how likely a model finds given answers: the plain model, on many at once."""
 
 import os
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from ..utils.errors import ViCAError
 
 @dataclass(frozen=True)
 class Candidate:
-    """`question` is the user's turn, with its `<image>` marks; `answer` what the assistant might say. Candidates that
-    share their image objects share the work on them."""
+    """A possible answer. `question` is the user's turn, with its `<image>` marks; `answer` is a possible answer of the
+    assistant. Candidates with the same image objects share the work on them."""
 
     question: str
     answer: str
@@ -26,14 +26,14 @@ class Candidate:
 
 @torch.inference_mode()
 def log_likelihoods(model, processor, candidates: Sequence[Candidate]) -> list[tuple[float, bool]]:
-    """Of each answer, without an end mark: the sum of its tokens' log-probabilities, and whether greedy decoding would
-    say it."""
-    rows = [row_of(processor, candidate) for candidate in candidates]
-    check_lengths(model.config, rows)
-    ids = [torch.tensor(row) for row, _ in rows]
-    labels = pad_sequence([mark_answer(x, start) for x, (_, start) in zip(ids, rows)], True, IGNORE)
-    mask = pad_sequence([torch.ones_like(x) for x in ids], True)
-    ids = pad_sequence(ids, True, processor.pad_id)
+    """Returns for each answer, without an end mark, the sum of its tokens' log-probabilities, and whether greedy
+    decoding would give it."""
+    encoded = [encode_candidate(processor, candidate) for candidate in candidates]
+    check_lengths(model.config, encoded)
+    each = [torch.tensor(one) for one, _ in encoded]
+    labels = pad_sequence([mark_answer(x, start) for x, (_, start) in zip(each, encoded)], True, IGNORE)
+    mask = pad_sequence([torch.ones_like(x) for x in each], True)
+    ids = pad_sequence(each, True, processor.pad_id)
     features = image_features(model, processor, [image for x in candidates for image in x.images])
     hidden, tokens = model.model(ids.to(model.device), mask.to(model.device), features)
     places, targets = scored_rows(tokens, labels)
@@ -41,14 +41,14 @@ def log_likelihoods(model, processor, candidates: Sequence[Candidate]) -> list[t
     wanted = torch.from_numpy(targets).to(logits.device)
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double().cpu().numpy()
     greedy = (logits.argmax(-1) == wanted).cpu().numpy()
-    of = tokens.text_columns[places] // tokens.columns
-    return [(float(chosen[of == row].sum()), bool(greedy[of == row].all())) for row in range(len(candidates))]
+    owner = tokens.text_columns[places] // tokens.columns  # the candidate of each token
+    return [(float(chosen[owner == i].sum()), bool(greedy[owner == i].all())) for i in range(len(candidates))]
 
 
-def row_of(processor, candidate: Candidate) -> tuple[list[int], int]:
-    """The ids of question and answer, and where the answer's begin. They are tokenized together, and the answer begins
-    where the ids are no longer the question's: a token may reach over the seam. The space between them is the
-    template's matter."""
+def encode_candidate(processor, candidate: Candidate) -> tuple[list[int], int]:
+    """Returns the ids of question and answer, and the place where the answer's begin. Both are tokenized together, and
+    the answer begins at the first id that differs from the question's: a token may span the boundary. The template
+    decides the space between them."""
     template = get_template(processor.conversation)
     question = template.render([("user", candidate.question)])
     turns = [("user", candidate.question), ("assistant", candidate.answer.lstrip())]
@@ -62,14 +62,14 @@ def mark_answer(ids: torch.Tensor, start: int) -> torch.Tensor:
     return torch.where(torch.arange(len(ids)) < start, IGNORE, ids)
 
 
-def check_lengths(config, rows) -> None:
-    longest, most = max(positions(config, ids) for ids, _ in rows), config.text_config.max_position_embeddings
+def check_lengths(config, encoded) -> None:
+    longest, most = max(positions(config, ids) for ids, _ in encoded), config.text_config.max_position_embeddings
     if longest > most:
         raise ViCAError(f"a question takes {longest} positions with its answer, the model has {most}")
 
 
 def image_features(model, processor, images: Sequence) -> list[torch.Tensor] | None:
-    """Of each image, in order; an object that is there several times is encoded once."""
+    """Returns the features of each image, in order; an object that occurs several times is encoded once."""
     if not images:
         return None
     distinct = {id(image): image for image in images}

@@ -1,4 +1,4 @@
-"""The model `vica` of lmms-eval, found through the entry point of pyproject.toml:
+"""The model `vica` for lmms-eval, which finds it through the entry point of pyproject.toml:
 
 lmms-eval --model vica --model_args pretrained=...,t2v_layers=[0,1,7] --tasks pope,mme --batch_size auto
 """
@@ -15,38 +15,39 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..engine import Engine, Request, Result
-from ..eval.ranks import PATIENCE
+from ..eval.ranks import TIMEOUT
 from ..loading import load
 from ..utils.errors import ViCAError
 from .likelihood import Candidate, log_likelihoods
 from .lmms_eval_options import (
     ImageKeys,
-    ahead,
     as_images,
     batch_limit,
     generation_options,
     grouped,
     parse_layers,
+    prefetch,
     prompt_of,
     turn_text,
 )
 
 log = logging.getLogger(__name__)
 
-WORKERS = min(8, os.cpu_count() or 1)  # threads that make documents into requests
-CANDIDATES = 16  # rows of one pass over possible answers, where the batch is left to us
+WORKERS = min(8, os.cpu_count() or 1)  # threads that turn documents into requests
+CANDIDATES = 16  # possible answers in one pass, unless lmms-eval sets a batch size
 
 
 def manifest():
-    from lmms_eval.models.registry_v2 import ModelManifest  # that package asks for this module while it is imported
+    # lmms-eval imports this module while it is being imported itself
+    from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("vica", simple_class_path=f"{__name__}.{ViCA.__name__}")
 
 
 class ViCA(lmms):
-    """The arguments are those of --model_args. `batch_size`, `max_batch_size` and `device` come from lmms-eval's own
-    flags, of which `max_batch` goes before the first two. `allow_errors`: a question that cannot be answered counts as
-    answered with nothing."""
+    """Model for lmms-eval. The arguments are those of --model_args. `batch_size`, `max_batch_size` and `device` come
+    from lmms-eval's own flags; `max_batch` overrides the first two. With `allow_errors` a question that cannot be
+    answered counts as answered with nothing."""
 
     is_simple = True
 
@@ -68,10 +69,10 @@ class ViCA(lmms):
         super().__init__()
         self.max_batch = batch_limit(batch_size, max_batch_size, max_batch)
         layers = parse_layers(t2v_layers)
-        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.model, processor = load(
-            pretrained, variant, layers, device=self._own(device), dtype=dtype, freeze_prefix=freeze_prefix
+            pretrained, variant, layers, device=self._own_device(device), dtype=dtype, freeze_prefix=freeze_prefix
         )
         if processor is None:
             raise ViCAError(f"{pretrained} holds no tokenizer, so it cannot be asked anything")
@@ -79,8 +80,8 @@ class ViCA(lmms):
         self.allow_errors = allow_errors
         self._engine: Engine | None = None
 
-    def _own(self, device: str | None) -> str | None:
-        """Each process's own card, where there are several."""
+    def _own_device(self, device: str | None) -> str | None:
+        """Returns each process's own card if there are several processes."""
         if self.world_size > 1 and device in (None, "cuda") and torch.cuda.is_available():
             return f"cuda:{self.accelerator.local_process_index}"
         return device
@@ -95,7 +96,7 @@ class ViCA(lmms):
 
     @property
     def engine(self) -> Engine:
-        """Made when it is needed first: it takes what memory is free."""
+        """The engine, built on first use: it takes the memory that is free then."""
         if self._engine is None:
             self._engine = Engine(self.model, self.processor, max_batch=self.max_batch)
         return self._engine
@@ -107,11 +108,12 @@ class ViCA(lmms):
     # --- answers ---
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        self._touch_tasks(requests)
+        self._preload_tasks(requests)
         answers: list[GenerationResult | None] = [None] * len(requests)
-        asked = ahead(lambda place: self._request(place, requests[place]), self._by_image(requests), WORKERS)
+        asked = prefetch(lambda place: self._request(place, requests[place]), self._by_image(requests), WORKERS)
         with self._bar(len(requests), " answers") as bar:
             for request in self.engine.results(asked):
+                assert request.result is not None  # `results` yields a request once it is done
                 answers[request.id] = self._answer(requests[request.id], request.result)
                 bar.update()
         return answers
@@ -120,7 +122,7 @@ class ViCA(lmms):
         context, settings, *shown = instance.args
         images = self._images(*shown)
         options = generation_options(settings)
-        if options["seed"] is None:  # by lmms-eval's --seed; each repeat of a question draws anew
+        if options["seed"] is None:  # from lmms-eval's --seed; each repeat of a question samples anew
             options["seed"] = (torch.initial_seed() + place * self.world_size + self.rank) % 2**63
         return Request(prompt_of(self.processor.conversation, context, len(images)), images, id=place, **options)
 
@@ -138,15 +140,16 @@ class ViCA(lmms):
     # --- likelihoods ---
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Pairs of number and greedy, wrapped: of a bare pair lmms-eval 0.7.3 makes a text before it looks inside."""
-        if alone := [r.task_name for r in requests if len(r.args) < 6]:  # for the metric acc_mutual_info
+        """Returns wrapped pairs of number and greedy: lmms-eval 0.7.3 turns a bare pair into text before it looks
+        inside."""
+        if alone := [r.task_name for r in requests if len(r.args) < 6]:  # needed for the metric acc_mutual_info
             raise NotImplementedError(f"{alone[0]} asks how likely answers are without their question: vica does not")
-        self._engine = None  # its memory is needed
+        self._engine = None  # frees its memory
         values: list[GenerationResult | None] = [None] * len(requests)
-        order, rows = self._by_image(requests), self.max_batch or CANDIDATES
+        order, batch_size = self._by_image(requests), self.max_batch or CANDIDATES
         with self._bar(len(requests), " candidates") as bar:
-            for first in range(0, len(order), rows):
-                places = order[first : first + rows]
+            for first in range(0, len(order), batch_size):
+                places = order[first : first + batch_size]
                 batch = [requests[place] for place in places]
                 for place, pair in zip(places, self._likelihoods(batch)):
                     values[place] = GenerationResult(pair)
@@ -154,16 +157,17 @@ class ViCA(lmms):
         return values
 
     def _likelihoods(self, batch: Sequence[Instance]) -> Iterator[tuple[float, bool]]:
-        candidates, shown = [], {}
+        candidates: list[Candidate] = []
+        shown: dict[tuple, list] = {}
         for instance in batch:
             context, target, *document = instance.args
-            of = tuple(document[1:])
-            images = shown[of] = shown.get(of) or self._images(*document)
-            answer = target(self._document(*of)) if callable(target) else target
+            key = tuple(document[1:])
+            images = shown[key] = shown.get(key) or self._images(*document)
+            answer = target(self._document(*key)) if callable(target) else target
             candidates.append(Candidate(turn_text(context, len(images)), answer, images))
         for instance, (value, greedy) in zip(batch, log_likelihoods(self.model, self.processor, candidates)):
-            # lmms-eval takes the candidate with the *least* number for the model's choice; of a task of output type
-            # loglikelihood, whose target is a function, it wants the log-likelihood itself.
+            # lmms-eval takes the candidate with the *least* number as the model's choice. For a task of output type
+            # loglikelihood, whose target is a function, it takes the log-likelihood itself.
             yield value if callable(instance.args[1]) else -value, greedy
 
     # --- documents ---
@@ -175,12 +179,12 @@ class ViCA(lmms):
         return as_images(doc_to_visual(self._document(doc_id, task, split)))
 
     def _by_image(self, requests: Sequence[Instance]) -> list[int]:
-        """Their places, those about one picture one after another: it is encoded once."""
+        """Returns the requests' places with those about one picture next to each other, so that it is encoded once."""
         key = ImageKeys(self.task_dict)
         return grouped([key(task, split, doc_id) for doc_id, task, split in (r.args[3:] for r in requests)])
 
-    def _touch_tasks(self, requests: Sequence[Instance]) -> None:
-        """Some tasks load more data with the first document they are asked for, which two threads must not do."""
+    def _preload_tasks(self, requests: Sequence[Instance]) -> None:
+        """Loads each task's first document. Some tasks load more data with it, which two threads must not do."""
         for request in {request.task_name: request for request in requests}.values():
             self._images(*request.args[2:])
 

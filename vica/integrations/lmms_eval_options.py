@@ -1,11 +1,11 @@
-"""What lmms-eval hands over, in our own terms: model arguments, generation settings, and what to ask in which order.
+"""Translates lmms-eval's model arguments, generation settings, prompts and order of requests into our own terms.
 Nothing here needs lmms-eval."""
 
 import logging
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +17,9 @@ from ..utils.hashing import digest
 
 log = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 1024  # where a task names no number: that of lmms-eval's own LLaVA
+MAX_NEW_TOKENS = 1024  # if a task names no number: the default of lmms-eval's own LLaVA
 TAKEN = ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample", "until", "seed")
-# Settings that change answers, which the engine has not, and the value that leaves answers as they are.
+# Settings that change answers and that the engine lacks, each with the value that leaves answers as they are.
 REFUSED = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0}
 SHOWS_IMAGE = re.compile(r"(image|img)_?(id|source|name|path|file|file_?name)?", re.IGNORECASE)
 
@@ -28,8 +28,9 @@ SHOWS_IMAGE = re.compile(r"(image|img)_?(id|source|name|path|file|file_?name)?",
 
 
 def parse_layers(value) -> list[int] | None:
-    """lmms-eval splits its arguments at commas, in older versions inside brackets too: all of "[0,1,7]", "[0;1;7]" and
-    "0 1 7" are taken, and the bare number that it makes of a list of one layer."""
+    """Returns the layers of a --model_args value. lmms-eval splits its arguments at commas, in older versions also
+    inside brackets: "[0,1,7]", "[0;1;7]" and "0 1 7" all work, and so does the bare number that it makes of a list of
+    one layer."""
     if value is None or isinstance(value, (list, tuple)):
         return value if value is None else list(value)
     text = str(value).strip()
@@ -40,7 +41,8 @@ def parse_layers(value) -> list[int] | None:
 
 
 def batch_limit(batch_size, max_batch_size=None, max_batch=None) -> int | None:
-    """Requests at a time; None: what memory allows. `--batch_size auto` leaves it to `--max_batch_size`."""
+    """Returns the number of requests at a time; None leaves it to memory. `--batch_size auto` defers to
+    `--max_batch_size`."""
     if max_batch is not None:
         return positive("max_batch", max_batch)
     if str(batch_size).split(":")[0] == "auto":
@@ -60,7 +62,7 @@ def positive(name: str, value) -> int:
 
 
 def generation_options(settings: Mapping[str, Any]) -> dict:
-    """A task's generation_kwargs as settings of a Request."""
+    """Returns a task's generation_kwargs as settings of a Request."""
     given = {name: value for name, value in settings.items() if value not in (None, "None")}
     for name, neutral in REFUSED.items():
         if given.get(name, neutral) != neutral:
@@ -69,9 +71,9 @@ def generation_options(settings: Mapping[str, Any]) -> dict:
                 f"--gen_kwargs {name}={neutral} asks without it"
             )
     for name in given.keys() - {*TAKEN, *REFUSED}:
-        tell_ignored(name)
+        warn_ignored(name)
     temperature, top_p = temperature_of(given), given.get("top_p", 1.0)
-    if temperature == 0 or top_p == 0:  # tasks name a top_p of 0 where they mean greedy
+    if temperature == 0 or top_p == 0:  # tasks name a top_p of 0 to mean greedy
         temperature, top_p = 0.0, 1.0
     return dict(
         max_new_tokens=given.get("max_new_tokens", MAX_NEW_TOKENS),
@@ -84,7 +86,8 @@ def generation_options(settings: Mapping[str, Any]) -> dict:
 
 
 def temperature_of(settings: Mapping[str, Any]) -> float:
-    """do_sample decides, as in transformers; where a task names none, its temperature does."""
+    """Returns the temperature. do_sample decides, as in transformers; if a task does not name it, its temperature
+    does."""
     temperature = settings.get("temperature")
     if settings.get("do_sample", bool(temperature)):
         return 1.0 if temperature is None else temperature
@@ -92,13 +95,13 @@ def temperature_of(settings: Mapping[str, Any]) -> float:
 
 
 def stops_of(until) -> list[str] | None:
-    """An empty text, which would end every answer at once, stands for none."""
+    """Returns the stop texts. Empty ones are dropped: they would end every answer at once."""
     texts = [until] if isinstance(until, str) else until or []
     return [text for text in texts if text] or None
 
 
 @lru_cache(None)
-def tell_ignored(name: str) -> None:
+def warn_ignored(name: str) -> None:
     log.warning("a task's generation_kwargs name %s, which is ignored", name)
 
 
@@ -106,7 +109,8 @@ def tell_ignored(name: str) -> None:
 
 
 def turn_text(context: str, images: int) -> str:
-    """The user's turn: where the task marks no places for its images, each stands in front on a line of its own."""
+    """Returns the user's turn. If the task marks no places for its images, each stands in front on a line of its
+    own."""
     return context if IMAGE_MARK in context else f"{IMAGE_MARK}\n" * images + context
 
 
@@ -115,7 +119,7 @@ def prompt_of(conversation: str, context: str, images: int) -> str:
 
 
 def as_images(visuals) -> list:
-    """What a task's doc_to_visual returns: a list, one image, or None; or a list of None."""
+    """Returns the images of a task's doc_to_visual: a list, one image, or None; or a list of None."""
     visuals = visuals if isinstance(visuals, (list, tuple)) else [visuals]
     return [visual for visual in visuals if visual is not None]
 
@@ -124,7 +128,7 @@ def as_images(visuals) -> list:
 
 
 def grouped(keys: Sequence[Hashable]) -> list[int]:
-    """All places, those of one key one after another."""
+    """Returns all places, those with the same key next to each other."""
     places: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
@@ -132,11 +136,12 @@ def grouped(keys: Sequence[Hashable]) -> list[int]:
 
 
 class ImageKeys:
-    """Which documents show the same picture, by what their datasets store: none is decoded for it. It serves the order
-    of questions alone; where a dataset says nothing of its images, each document has a key of its own."""
+    """Returns a key by which documents show the same picture, from the data that their datasets store, without decoding
+    it. The key only orders the questions; if a dataset does not show its images, each document has a key of its own."""
 
     def __init__(self, datasets: Mapping[str, Mapping[str, Any]]):
-        self.datasets, self.rows = datasets, {}
+        self.datasets = datasets
+        self.rows: dict[tuple[str, str], Any] = {}
 
     def __call__(self, task: str, split: str, doc: int) -> Hashable:
         if (task, split) not in self.rows:
@@ -146,7 +151,8 @@ class ImageKeys:
 
 
 def image_columns(dataset):
-    """The dataset's columns that name its images, else those that hold them, as they are stored; None if neither."""
+    """Returns the dataset's columns that name its images, else those that hold them, as they are stored; None if
+    neither."""
     from datasets import Dataset, Image, Value
 
     if not isinstance(dataset, Dataset):
@@ -163,15 +169,15 @@ def image_columns(dataset):
 
 
 def content_key(value) -> Hashable:
-    if isinstance(value, dict):  # an image as stored
+    if isinstance(value, dict):  # a stored image
         return digest(value["bytes"]) if value["bytes"] is not None else value["path"]
     return value
 
 
-def ahead(make: Callable, items: Iterable, workers: int) -> Iterator:
-    """`make` of each item, in order, by threads that are a little ahead of whoever takes them."""
+def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
+    """Yields `make` of each item, in order, from threads that run a little ahead of the consumer."""
     with ThreadPoolExecutor(workers, "vica-documents") as threads:
-        made = deque()
+        made: deque[Future] = deque()
         try:
             for item in items:
                 made.append(threads.submit(make, item))

@@ -1,4 +1,4 @@
-"""What transformers' generate must know of this model: its cache, images by row, and placeholders among the ids."""
+"""Fits transformers' generate to this model: its cache, images by row, and placeholders among the ids."""
 
 import torch
 from transformers import GenerationMixin
@@ -8,7 +8,7 @@ from ..utils.errors import ViCAError
 from .cache import ViCACache
 from .layout import check_image_count
 
-# What a checkpoint's generation_config may ask for beside sampling, with the values that ask for nothing.
+# Settings beside sampling that a checkpoint's generation_config may hold, with their neutral values.
 PLAIN = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
@@ -20,7 +20,7 @@ PLAIN = {
 
 class ViCAGeneration(GenerationMixin):
     def generate(self, *args, streamer=None, **kwargs):
-        """transformers' own."""
+        """Runs transformers' own generate."""
         if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
             raise ViCAError("assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported")
         if streamer is not None:
@@ -36,7 +36,7 @@ class ViCAGeneration(GenerationMixin):
             model_kwargs["past_key_values"] = ViCACache(self.config.text_config.num_hidden_layers)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Beams share an image's features: encoded once here, listed once for every copy of their row."""
+        """Encodes images once and lists their features for every copy of a row, so that beams share them."""
         pixel_values, features = model_kwargs.get("pixel_values"), model_kwargs.get("image_features")
         if expand_size > 1 and (pixel_values is not None or features is not None):
             features = self.model.encode_images(pixel_values.to(self.device)) if features is None else features
@@ -54,13 +54,14 @@ class ViCAGeneration(GenerationMixin):
         for name in ("pixel_values", "image_features"):
             images = kwargs.get(name)
             if images is not None and not is_first_iteration and kwargs.get("use_cache", True):
-                inputs[name] = None  # a placeholder among generated tokens was uttered by the model: it is text
+                inputs[name] = None  # the model generated it: a placeholder among new tokens is text
             elif images is not None:
                 inputs[name] = self._images_of_new_columns(input_ids, inputs["input_ids"], images)
         return inputs
 
     def _images_of_new_columns(self, all_ids, new_ids, images):
-        """The whole conversation's images may be given again with a cache that holds the first of them."""
+        """Returns the images of the new columns: callers may give the whole conversation's images again with a cache
+        that holds the first of them."""
         is_image = all_ids == self.config.image_token_index
         total, new = int(is_image.sum()), int((new_ids == self.config.image_token_index).sum())
         if len(images) not in (new, total):
@@ -74,11 +75,11 @@ class ViCAGeneration(GenerationMixin):
         return images[keep] if isinstance(images, torch.Tensor) else [images[i] for i in keep]
 
     def _get_logits_processor(self, *args, **kwargs):
-        """Processors such as the repetition penalty index the vocabulary by input_ids; a placeholder is not in it."""
+        """Hides placeholders: processors such as the repetition penalty index the vocabulary by input_ids."""
         return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        """Stop strings embed the last ids."""
+        """Hides placeholders: stop strings embed the last ids."""
         return TextOnlyCriteria(super()._get_stopping_criteria(*args, **kwargs))
 
 
@@ -93,12 +94,12 @@ class TextOnlyCriteria(StoppingCriteriaList):
 
 
 def text_only(ids: torch.Tensor) -> torch.Tensor:
-    """With the row's first token of text in place of placeholders."""
+    """Returns the ids with the row's first token of text in place of placeholders."""
     return torch.where(ids < 0, ids.gather(1, (ids >= 0).int().argmax(1, keepdim=True)), ids)
 
 
 class TextOnlyStreamer:
-    """Tokenizers cannot decode a placeholder, and streamers are handed the prompt first."""
+    """Leaves placeholders out: streamers get the prompt first, and tokenizers cannot decode a placeholder."""
 
     def __init__(self, streamer):
         self.streamer, self.end = streamer, streamer.end
@@ -108,7 +109,7 @@ class TextOnlyStreamer:
 
 
 def repeat_by_row(items: list, per_row: list[int], times: int) -> list:
-    """[row a's items, row b's items] to [a's, a's again, ..., b's, b's again, ...]."""
+    """Returns [row a's items, row b's items] as [a's, a's again, ..., b's, b's again, ...]."""
     check_image_count(sum(per_row), len(items))
     repeated, start = [], 0
     for count in per_row:

@@ -18,13 +18,13 @@ from ..utils.errors import ViCAError
 from .cache import ViCACache
 from .decoder import ViCAModel, ViCAPreTrainedModel
 from .generation import ViCAGeneration
-from .layout import Tokens
+from .layout import Tokens, last_text_tokens
 from .loss import mean_loss, scored_rows
 from .scores import Tap
 
 log = logging.getLogger(__name__)
 
-# Arguments of transformers' models that would be lost without a word among forward's **kwargs.
+# Arguments of transformers' models that forward's **kwargs would swallow silently.
 NOT_TAKEN = ("inputs_embeds", "position_ids", "output_attentions", "cache_position")
 
 
@@ -160,7 +160,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             use_cache = self.config.text_config.use_cache and not self.training
         use_cache = use_cache or cache is not None
         if use_cache and self.training and self.model.layers[0].gradient_checkpointing:
-            log.warning("gradient checkpointing runs layers twice, which a cache cannot bear: use_cache=False")
+            log.warning("gradient checkpointing runs layers twice, and a cache would count them twice: use_cache=False")
             use_cache = False
         if not use_cache:
             return None
@@ -174,7 +174,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
 
 
 def unpack(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """Text rows to [B, T, width], zero where no text stands."""
+    """Returns text tokens as [B, T, width], zero where no text stands."""
     if len(hidden) == tokens.batch * tokens.columns:
         return hidden.view(tokens.batch, tokens.columns, -1)
     flat = hidden.new_zeros(tokens.batch * tokens.columns, hidden.shape[-1])
@@ -183,10 +183,9 @@ def unpack(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
 
 
 def last_rows(hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """[B, 1, width]: what the next token of each row is predicted from."""
-    last = np.searchsorted(tokens.row, np.arange(tokens.batch), side="right") - 1
-    dead = np.nonzero((last < 0) | (tokens.row[last] != np.arange(tokens.batch)) | tokens.visual[last])[0]
-    if len(dead):
+    """Returns [B, 1, width]: the hidden states that predict the next token of each row."""
+    last = last_text_tokens(tokens)
+    if (dead := np.nonzero(last < 0)[0]).size:
         raise ViCAError(f"row {dead[0]} ends with an image (or is empty): the next token needs a text token to follow")
     rank = np.cumsum(~tokens.visual) - 1
     return hidden[to_device(rank[last], hidden.device)].unsqueeze(1)

@@ -11,7 +11,7 @@ IGNORE = -100
 
 
 def scored_rows(tokens: Tokens, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Which text tokens, counted in reading order, have a labelled text token right behind them, and its id.
+    """Returns the text tokens, counted in reading order, that a labelled text token follows directly, and its id.
     Placeholders and padding neither predict nor are predicted."""
     if tuple(labels.shape) != (tokens.batch, tokens.columns):
         raise ViCAError(
@@ -24,8 +24,8 @@ def scored_rows(tokens: Tokens, labels: torch.Tensor) -> tuple[np.ndarray, np.nd
 
 
 def mean_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int | None) -> torch.Tensor:
-    """`logits` [n, vocab] of `targets` [n]. `count`: what the sum is divided by, where a batch is made of several. 0
-    where nothing is to be learned, as from a batch whose samples are all broken."""
+    """Returns the cross entropy of `logits` [n, vocab] on `targets` [n], divided by `count` (default: n), which covers
+    several passes under gradient accumulation. It is 0 where no token has a label, as when all samples are broken."""
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     count = len(targets) if count is None else count
     return total / (count.to(total.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))

@@ -1,9 +1,7 @@
-"""Toy benchmarks answered by an option's letter: SEED-Bench and ScienceQA in their authors' files."""
+"""Writes toy benchmarks answered by an option's letter: SEED-Bench and ScienceQA, in their authors' file formats."""
 
 import random
 from pathlib import Path
-
-from scripts.toy.language import text_question
 
 from .benchmark_parts import (
     cases,
@@ -17,7 +15,8 @@ from .benchmark_parts import (
     write_lines,
 )
 from .forms import LETTERS, hint, listed
-from .questions import LETTER, Fact
+from .questions import OPTION_LETTER, Fact
+from .text_questions import text_question
 from .world import Scene
 
 SEED_TYPES = {
@@ -52,20 +51,22 @@ def _two_facts(scene: Scene, rng: random.Random) -> list[Fact]:
 def write_seed(folder: Path, pictures: int, seed: int) -> list[dict]:
     records, lines, truth = [], [], []
     for index, scene, asked, rng in cases("seed", pictures, seed, _two_facts):
-        name = f"{1454426 + 7 * index}_{rng.getrandbits(32)}"  # a JPEG without suffix, as all of SEED-Bench
+        name = f"{1454426 + 7 * index}_{rng.getrandbits(32)}"  # a JPEG without suffix, as everywhere in SEED-Bench
         save_picture(scene, folder / "seed_bench/SEED-Bench-image" / name)
         for place, fact in enumerate(asked):
             id, options, kind = 101669 + 10 * index + place, some_options(fact, 4, rng), SEED_KINDS[fact.kind]
             letter, image = LETTERS[options.index(fact.answer)], f"SEED-Bench-image/{name}"
             records.append(_seed_record(str(id), name, kind, fact.english, options, letter, "image"))
-            lines.append(line(id, image, f"{fact.english}\n{listed(options)}\n{LETTER}", kind))  # a number here only
+            # a number in this file only
+            lines.append(line(id, image, f"{fact.english}\n{listed(options)}\n{OPTION_LETTER}", kind))
             truth.append(entry(id, f"seed_bench/{image}", fact.english, letter, kind, means=fact.answer))
     videos = _seed_videos(max(3, pictures // 4))
     for video in videos:
         options = [video[f"choice_{letter.lower()}"] for letter in LETTERS]
         image = f"SEED-Bench-video-image/{video['question_type_id']}_{video['question_id']}.png"
         kind = next(name for name, id in SEED_TYPES.items() if id == video["question_type_id"])
-        lines.append(line(video["question_id"], image, f"{video['question']}\n{listed(options)}\n{LETTER}", kind))
+        text = f"{video['question']}\n{listed(options)}\n{OPTION_LETTER}"
+        lines.append(line(video["question_id"], image, text, kind))
     write_lines(folder / "seed_bench/llava-seed-bench.jsonl", lines)
     write_json(folder / "seed_bench/SEED-Bench.json", {"questions": records + videos, "question_type": SEED_TYPES})
     return truth
@@ -84,7 +85,7 @@ def _seed_record(id: str, data: str, kind: str, words: str, options: list[str], 
 
 
 def _seed_videos(count: int) -> list[dict]:
-    """Listed as in the real file, without any frame: an evaluation on images leaves them out."""
+    """Returns video records as in the real file, but without any frame: an evaluation on images leaves them out."""
     kinds = ("Action Recognition", "Action Prediction", "Procedure Understanding")
     videos = []
     for index in range(count):
@@ -97,7 +98,8 @@ def _seed_videos(count: int) -> list[dict]:
 
 
 def write_sqa(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """To each three problems with a picture one without. The train split, which nobody asks, has none at all."""
+    """Writes ScienceQA, with one text-only problem for every three with a picture. The train split, which no evaluation
+    uses, has text-only problems alone."""
     problems, samples, truth = {}, [], []
     for index, scene, fact, rng in cases("sqa", pictures, seed, one_fact):
         options = some_options(fact, rng.choice((2, 3, 4)), rng)
@@ -126,7 +128,7 @@ def write_sqa(folder: Path, pictures: int, seed: int) -> list[dict]:
 
 
 def _text_problem(rng: random.Random, split: str) -> dict:
-    while not (question := text_question(rng)).text.endswith(LETTER):
+    while not (question := text_question(rng)).text.endswith(OPTION_LETTER):
         pass
     words, *options, _ = question.text.split("\n")
     return _problem(words, [option[3:] for option in options], LETTERS.index(question.answer), "", None, split)

@@ -1,4 +1,5 @@
-"""The toy world as MMBench and its translation: a table with the images inside, and each question in several rounds."""
+"""Writes the toy world as MMBench and its translation: a table with the images inside, each question in several
+rounds."""
 
 import base64
 import csv
@@ -8,7 +9,7 @@ from .benchmark_parts import cases, encoded, entry, one_fact, some_options
 from .forms import LETTERS, hint
 from .questions import CHINESE
 
-ROUND = 1_000_000  # added to MMBench's index with each turn of the options
+ROUND = 1_000_000  # added to MMBench's index for each rotation of the options
 
 COLUMNS = "index question hint A B C D answer category image source l2-category comment split".split()
 CATEGORIES = {
@@ -27,7 +28,7 @@ def write_mmbench(folder: Path, pictures: int, seed: int) -> list[dict]:
 
 
 def write_mmbench_cn(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """The same questions, translated."""
+    """Writes the same questions, translated."""
     return _write(folder / "mmbench_cn/mmbench_dev_cn_20231003.tsv", pictures, seed, chinese=True)
 
 
@@ -62,7 +63,7 @@ def _write(table: Path, pictures: int, seed: int, chinese: bool) -> list[dict]:
 
 
 def _turned(row: dict, answer: str, options: list[str], turn: int, chinese: bool) -> dict:
-    """Each round moves the options by one place; circular accuracy counts who is right in all rounds."""
+    """Returns the row with its options rotated. Circular accuracy counts a question only if all rounds are right."""
     options = options[len(options) - turn :] + options[: len(options) - turn]
     shown = [CHINESE.get(option, option) if chinese else option for option in options]
     letter = LETTERS[options.index(answer)]

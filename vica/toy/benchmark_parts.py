@@ -1,4 +1,4 @@
-"""Shared parts of the toy benchmarks: scenes that allow a question, images and lists in files."""
+"""Common parts of the toy world's benchmarks: scenes that allow a question, and images and lists in files."""
 
 import io
 import json
@@ -12,10 +12,11 @@ from .world import Scene, draw, random_scene
 
 
 def cases(part: str, count: int, seed: int, make: Callable[[Scene, random.Random], Any]) -> Iterator[tuple]:
-    """Scenes of the test split with what `make` finds to ask, and the source of further chance. Each comes of the seed
-    and its own number alone, so that more pictures begin with the fewer."""
+    """Yields scenes of the test split, each with the questions that `make` finds and its random generator. Each depends
+    only on the seed and its own number, so a larger set begins with the smaller one."""
     for index in range(count):
-        rng = random.Random(f"{seed} benchmark {part} {index}")  # of a string: the same in every process
+        # seeded by a string, which gives the same in every process
+        rng = random.Random(f"{seed} benchmark {part} {index}")
         while not (made := make(scene := random_scene(rng, "test"), rng)):
             pass
         yield index, scene, made, rng
@@ -32,7 +33,7 @@ def save_picture(scene: Scene, path: Path) -> None:
 
 def encoded(scene: Scene, kind: str = "JPEG") -> bytes:
     file = io.BytesIO()
-    options = dict(quality=98, subsampling=0) if kind == "JPEG" else {}  # the usual half chroma bleeds at the edges
+    options = dict(quality=98, subsampling=0) if kind == "JPEG" else {}  # the usual halved chroma bleeds at the edges
     draw(scene).save(file, kind, **options)
     return file.getvalue()
 
@@ -48,12 +49,12 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def line(id: int | str, image: str, text: str, category: str = "default") -> dict:
-    """A question as LLaVA's files of JSON lines have it."""
+    """Returns a question in the form of LLaVA's files of JSON lines."""
     return {"question_id": id, "image": image, "text": text, "category": category}
 
 
 def entry(id: int | str, image: str | None, question: str, answer: str, group: str, **more: Any) -> dict:
-    """A question as `truth.json` has it."""
+    """Returns a question in the form of `truth.json`."""
     return {"id": id, "image": image, "question": question, "answer": answer, "group": group, **more}
 
 
@@ -62,7 +63,7 @@ def one_fact(scene: Scene, rng: random.Random) -> Fact:
 
 
 def some_options(fact: Fact, count: int, rng: random.Random) -> list[str]:
-    """The right one among so many, in any order."""
+    """Returns `count` options, the right one among them, in random order."""
     options = [fact.answer, *fact.wrong[: count - 1]]
     rng.shuffle(options)
     return options

@@ -1,4 +1,4 @@
-"""Toy benchmarks answered by a word: VQAv2, GQA and TextVQA in their authors' files."""
+"""Writes toy benchmarks answered by a word: VQAv2, GQA and TextVQA, in their authors' file formats."""
 
 import random
 from collections import Counter
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from .benchmark_parts import cases, entry, facts, line, save_picture, write_json, write_lines
 from .forms import ocr_line, read_tokens
-from .questions import COUNTS, SHORT, Question, ask
+from .questions import COUNTS, SHORT_ANSWER, Question, questions_about
 from .world import COLOURS, GROUNDS, PLACES, SHAPES, WORDS, Scene
 
 INFO = {"description": "A toy world in VQA's format", "version": "2.0", "year": 2017}
 VQA_KINDS = ("colour", "shape", "ground", "count", "place", "word", "existence", "claim")
 VQA_TYPES = ("is there a", "how many", "is there", "is the", "where", "what", "none of the above")  # longest first
 ANSWERS = (("yes", "no"), COUNTS, tuple(COLOURS), tuple(GROUNDS), tuple(SHAPES), sum(PLACES, ()), WORDS)
-VOTES_WORTH = {1: 0.3, 2: 0.6}  # of a point, for an answer that so many of ten people gave
+VOTES_WORTH = {1: 0.3, 2: 0.6}  # points for an answer that this many of ten people gave
 
-# structural, semantic and detailed type, by the toy world's kinds
+# Structural, semantic and detailed type, by the toy world's kinds.
 GQA_TYPES = {
     "existence": ("verify", "obj", "exist"),
     "claim": ("verify", "attr", "verifyAttr"),
@@ -30,7 +30,7 @@ GQA_TYPES = {
 
 
 def write_vqav2(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """The validation split, whose answers are public."""
+    """Writes the validation split, whose answers are public."""
     questions, annotations, truth = [], [], []
     for index, scene, asked, rng in cases("vqav2", pictures, seed, _vqa_questions):
         image_id = 391 + 1009 * index
@@ -53,7 +53,7 @@ def write_vqav2(folder: Path, pictures: int, seed: int) -> list[dict]:
 
 
 def write_vqav2_test(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """Test-dev and the whole test, of which it is a part: questions only, for the benchmark's server."""
+    """Writes test-dev and the whole test, which includes it: questions only, for the benchmark's server."""
     lines, truth = [], []
     for index, scene, asked, _ in cases("vqav2 test", (pictures + 1) // 2, seed, _vqa_questions):
         image_id = 262144 + 1013 * index
@@ -71,11 +71,11 @@ def write_vqav2_test(folder: Path, pictures: int, seed: int) -> list[dict]:
 
 
 def _vqa_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    return [question for question in ask(scene, rng) if question.kind in VQA_KINDS][:2]
+    return [question for question in questions_about(scene, rng) if question.kind in VQA_KINDS][:2]
 
 
 def _ten_answers(question: Question, rng: random.Random) -> list[str]:
-    """In lower case, as all of VQA's. Sometimes one or two people disagree."""
+    """Returns ten people's answers in lower case, as in VQA. Sometimes one or two people disagree."""
     alike = next(values for values in ANSWERS if question.answer in values)
     wrong = rng.choice([answer for answer in alike if answer != question.answer])
     answers = [question.answer.lower()] * 10
@@ -121,8 +121,8 @@ def write_gqa(folder: Path, pictures: int, seed: int) -> list[dict]:
 
 
 def _gqa_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """The rarest kinds first, which need two things; not all scenes allow them."""
-    asked = [question for question in ask(scene, rng) if question.kind in GQA_TYPES]
+    """Returns the rarest kinds first: they need two things, and not all scenes allow them."""
+    asked = [question for question in questions_about(scene, rng) if question.kind in GQA_TYPES]
     rare = [question for question in asked if question.kind in ("relation", "comparison", "neighbour")]
     return (rare[:1] + [question for question in asked if question not in rare])[:2]
 
@@ -146,10 +146,12 @@ def _gqa_record(id: str, image: str, words: str, question: Question) -> dict:
 
 
 def write_textvqa(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """Two questions about each printed word, one open and one to be affirmed or denied."""
-    lines, records, truth = [], [], []
+    """Writes two questions about each printed word, one open and one to answer with yes or no."""
+    lines: list[dict] = []
+    records: list[dict] = []
+    truth: list[dict] = []
     for _, scene, fact, rng in cases("textvqa", pictures, seed, lambda *of: facts(*of).get("word")):
-        id = f"{rng.getrandbits(64):016x}"  # an image's: two questions have the same, as in the real files
+        id = f"{rng.getrandbits(64):016x}"  # the image's id, which two questions share, as in the real files
         image = f"textvqa/train_images/{id}.jpg"
         save_picture(scene, folder / image)
         tokens = read_tokens(fact, rng)
@@ -157,7 +159,7 @@ def write_textvqa(folder: Path, pictures: int, seed: int) -> list[dict]:
         claim = Question("claim", fact.claim.format(claimed), "yes" if claimed == fact.answer else "no")
         for question in (Question("word", fact.english, fact.answer), claim):
             answers = _ten_answers(question, rng)
-            text = f"{question.text}\n{ocr_line(tokens)}\n{SHORT}"
+            text = f"{question.text}\n{ocr_line(tokens)}\n{SHORT_ANSWER}"
             lines.append(line(id, f"{id}.jpg", text))
             records.append(_textvqa_record(34602 + len(records), id, question.text, answers, scene))
             answer = question.answer.lower()
@@ -169,7 +171,7 @@ def write_textvqa(folder: Path, pictures: int, seed: int) -> list[dict]:
 
 
 def _textvqa_record(id: int, image_id: str, words: str, answers: list[str], scene: Scene) -> dict:
-    words = words.lower()  # in these files only; LLaVA's have them with a capital
+    words = words.lower()  # in these files only; LLaVA's begin with a capital
     return {
         "question": words,
         "image_id": image_id,

@@ -1,4 +1,4 @@
-"""Toy benchmarks answered by yes or no, both equally often: MME and POPE in their authors' files."""
+"""Writes toy benchmarks answered by yes or no, both equally often: MME and POPE, in their authors' file formats."""
 
 import random
 from collections import Counter
@@ -7,18 +7,18 @@ from itertools import permutations, product
 from pathlib import Path
 
 from .benchmark_parts import cases, entry, facts, line, save_picture, write_lines
-from .questions import OPPOSITES, SHORT, stands
+from .questions import OPPOSITES, SHORT_ANSWER, stands
 from .world import COLOURS, SHAPES, Scene
 
-POPE_SPLITS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # what LLaVA adds to a split's ids
+POPE_SPLITS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}  # LLaVA adds this to a split's ids
 
 
 def _claims(kind: str) -> Callable:
-    """A right and a wrong claim."""
+    """Returns a function that makes a right and a wrong claim of one kind."""
 
     def make(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         fact = facts(scene, rng).get(kind)
-        return fact and (fact.claim.format(fact.answer), fact.claim.format(fact.wrong[0]))
+        return None if fact is None else (fact.claim.format(fact.answer), fact.claim.format(fact.wrong[0]))
 
     return make
 
@@ -33,10 +33,11 @@ def _order(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if not found:
         return None
     thing, relation, other = rng.choice(found)
-    return tuple(f"Is the {thing.name} {asked} the {other.name}?" for asked in (relation, OPPOSITES[relation]))
+    right, wrong = (f"Is the {thing.name} {asked} the {other.name}?" for asked in (relation, OPPOSITES[relation]))
+    return right, wrong
 
 
-# Official categories. Those with True keep images and questions apart, in two folders.
+# Official categories. Those with True keep images and questions in two separate folders.
 MME_CATEGORIES = {
     "existence": (_presence, False),
     "count": (_claims("count"), False),
@@ -50,7 +51,7 @@ MME_CATEGORIES = {
 
 
 def write_mme(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """The pictures go to the categories in turn; each has two questions, of which one is to be affirmed."""
+    """Writes MME. The pictures go to the categories in turn; each has two questions, of which one is true."""
     lines, truth, release = [], [], "MME/MME_Benchmark_release_version"
     for turn, (category, (make, apart)) in enumerate(MME_CATEGORIES.items()):
         count = len(range(turn, pictures, len(MME_CATEGORIES)))
@@ -61,7 +62,7 @@ def write_mme(folder: Path, pictures: int, seed: int) -> list[dict]:
             asked = [*zip(claims, ("Yes", "No"))]
             rng.shuffle(asked)
             _write_mme_pair(folder / release / image, category, asked)
-            lines += [line(image, image, f"{claim}\n{SHORT}", category) for claim, _ in asked]
+            lines += [line(image, image, f"{claim}\n{SHORT_ANSWER}", category) for claim, _ in asked]
             truth += [entry(image, f"{release}/{image}", claim, answer.lower(), category) for claim, answer in asked]
     write_lines(folder / "MME/llava_mme.jsonl", lines)
     return truth
@@ -76,45 +77,42 @@ def _write_mme_pair(image: Path, category: str, asked: list[tuple[str, str]]) ->
 
 
 def write_pope(folder: Path, pictures: int, seed: int) -> list[dict]:
-    """Half as many pictures, as each is asked about in three splits: each time something present, and something absent
-    that is random, frequent in other pictures, or like something present."""
+    """Writes POPE, with half as many pictures, since each is used in three splits: each time with something present,
+    and with something absent that is random, frequent in other pictures, or similar to something present."""
     scenes = [(index, scene, rng) for index, scene, _, rng in cases("pope", (pictures + 1) // 2, seed, lambda *_: True)]
     frequency = Counter(pair for _, scene, _ in scenes for pair in _present(scene))
-    labels = {split: [] for split in POPE_SPLITS}
+    records: dict[str, list[dict]] = {split: [] for split in POPE_SPLITS}
     for index, scene, rng in scenes:
         image = f"COCO_val2014_{310196 + 1021 * index:012}.jpg"
         save_picture(scene, folder / "pope/val2014" / image)
-        present, absent = rng.choice(_present(scene)), _absent(scene)
-        rng.shuffle(absent)
-        others = {
-            "random": absent[0],
-            "popular": max(absent, key=frequency.__getitem__),
-            "adversarial": max(absent, key=lambda pair: _likeness(pair, scene)),
-        }
-        for split, other in others.items():
-            for pair, label in ((present, "yes"), (other, "no")):
-                record = {
-                    "question_id": len(labels[split]) + 1,
-                    "image": image,
-                    "text": _is_there(pair),
-                    "label": label,
-                }
-                labels[split].append(record)
-    for split, records in labels.items():
-        write_lines(folder / f"pope/coco/coco_pope_{split}.json", records)
-    asked = [
-        (first + record["question_id"], split, record)
-        for split, first in POPE_SPLITS.items()
-        for record in labels[split]
-    ]
-    write_lines(
-        folder / "pope/llava_pope_test.jsonl",
-        (line(id, record["image"], f"{record['text']}\n{SHORT}", split) for id, split, record in asked),
-    )
-    return [
-        entry(id, f"pope/val2014/{record['image']}", record["text"], record["label"], split)
-        for id, split, record in asked
-    ]
+        present = rng.choice(_present(scene))
+        for split, absent in _absent_by_split(scene, frequency, rng).items():
+            number = len(records[split]) + 1
+            records[split].append(_pope_record(number, image, present, "yes"))
+            records[split].append(_pope_record(number + 1, image, absent, "no"))
+    lines, truth = [], []
+    for split, first_id in POPE_SPLITS.items():
+        write_lines(folder / f"pope/coco/coco_pope_{split}.json", records[split])
+        for record in records[split]:
+            id, image, question = first_id + record["question_id"], record["image"], record["text"]
+            lines.append(line(id, image, f"{question}\n{SHORT_ANSWER}", split))
+            truth.append(entry(id, f"pope/val2014/{image}", question, record["label"], split))
+    write_lines(folder / "pope/llava_pope_test.jsonl", lines)
+    return truth
+
+
+def _absent_by_split(scene: Scene, frequency: Counter, rng: random.Random) -> dict[str, tuple[str, str]]:
+    absent = _absent(scene)
+    rng.shuffle(absent)
+    return {
+        "random": absent[0],
+        "popular": max(absent, key=frequency.__getitem__),
+        "adversarial": max(absent, key=lambda pair: _likeness(pair, scene)),
+    }
+
+
+def _pope_record(number: int, image: str, pair: tuple[str, str], label: str) -> dict:
+    return {"question_id": number, "image": image, "text": _is_there(pair), "label": label}
 
 
 def _present(scene: Scene) -> list[tuple[str, str]]:

@@ -53,7 +53,7 @@ def run(args) -> None:
 
 
 def write(folder: Path, pictures: int = 24, seed: int = 0) -> dict[str, list[dict]]:
-    """The folder appears whole or not at all. Returns what `truth.json` says."""
+    """Writes all benchmarks and returns the content of `truth.json`. The folder appears whole or not at all."""
     folder = Path(folder)
     if pictures < 1:
         raise ViCAError(f"pictures is {pictures}; it must be 1 at least")

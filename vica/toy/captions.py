@@ -1,4 +1,4 @@
-"""Captions of scenes, for the first training stage: all things with size, colour, shape and place, and the word."""
+"""Captions scenes for the first training stage: all things with size, colour, shape and place, and the word."""
 
 import random
 

@@ -1,5 +1,5 @@
-"""Rewords questions as LLaVA's training mix and the benchmarks do: with words that an OCR system read, with a hint,
-with fewer options, or without the sentence on how to answer."""
+"""Rewrites questions in the other forms of LLaVA's training mix and of the benchmarks: with an OCR system's tokens,
+with a hint, with fewer options, or without the sentence on how to answer."""
 
 import random
 from dataclasses import replace
@@ -12,8 +12,9 @@ OCR = "Reference OCR token: "
 
 
 def vary(question: Question, fact: Fact | None, scene: Scene, rng: random.Random) -> Question:
-    """`fact`: what the question asks, where it asks one."""
+    """Returns the question in a random form. `fact` is the fact that it asks, if it asks one."""
     if question.kind in ("choice", "choice_chinese"):
+        assert fact is not None  # each choice is about one
         return _vary_choice(question, fact, scene, rng)
     words, how = question.text.split("\n")
     lines = [words]
@@ -32,13 +33,13 @@ def _vary_choice(question: Question, fact: Fact, scene: Scene, rng: random.Rando
     options = [option for option in options if option == right or option in wrong]
     chinese = question.kind == "choice_chinese"
     told = hint(fact, scene, chinese) if rng.random() < 0.3 else ""
-    if told:  # ScienceQA says what it is, MMBench does not
+    if told:  # ScienceQA marks it as context, MMBench does not
         words = f"{told}\n{words}" if chinese or rng.random() < 0.5 else f"Context: {told}\n{words}"
     return replace(question, text=f"{words}\n{listed(options)}\n{how}", answer=LETTERS[options.index(right)])
 
 
 def read_tokens(fact: Fact, rng: random.Random) -> list[str]:
-    """What a program for reading text found: the word, a part of it, or nothing."""
+    """Returns the text that an OCR program might find: the word, a part of it, or nothing."""
     return rng.choice(([fact.answer], [fact.answer], [fact.answer[:-1], fact.answer[-1]], []))
 
 
@@ -51,7 +52,7 @@ def listed(options: list[str]) -> str:
 
 
 def hint(fact: Fact, scene: Scene, chinese: bool = False) -> str:
-    """What the question does not ask; a line each."""
+    """Returns facts that the question does not ask, one a line."""
     lines = []
     if fact.kind != "ground":
         lines.append(f"图片的背景是{CHINESE[scene.ground]}。" if chinese else f"The background is {scene.ground}.")

@@ -1,10 +1,10 @@
-"""The letters of the toy world's printed words, as strokes: a font of the system's would differ between machines."""
+"""The letters of the toy world's printed words, as strokes: a system font would differ between machines."""
 
 from functools import cache
 
 import numpy as np
 
-WIDTH, HEIGHT, PITCH = 16, 24, 20  # of a letter in pixels; from one letter to the next
+WIDTH, HEIGHT, PITCH = 16, 24, 20  # a letter's size in pixels, and the distance from one letter to the next
 THICKNESS = 3.6
 # Lines through points "xy" of a lattice, x from 0 to 4 and y from 0 (top) to 6.
 STROKES = {
@@ -34,7 +34,8 @@ STROKES = {
 
 @cache
 def cover(letter: str, fine: int = 4) -> np.ndarray:
-    """How far the letter's ink covers each pixel, 0 to 255, [HEIGHT, WIDTH]; `fine` squared points a pixel."""
+    """Returns how much the letter's ink covers each pixel, 0 to 255, [HEIGHT, WIDTH], from `fine` squared points a
+    pixel."""
     y, x = (np.indices((HEIGHT * fine, WIDTH * fine)) + 0.5) / fine
     ink = np.zeros(x.shape, bool)
     for line in STROKES[letter]:
@@ -45,7 +46,7 @@ def cover(letter: str, fine: int = 4) -> np.ndarray:
 
 
 def shrink(points: np.ndarray, fine: int) -> np.ndarray:
-    """Yes and no at `fine` x `fine` points a pixel, as levels 0 to 255 of a pixel each."""
+    """Returns levels 0 to 255 of each pixel from booleans at `fine` x `fine` points a pixel."""
     height, width = (n // fine for n in points.shape)
     return np.round(255 * points.reshape(height, fine, width, fine).mean((1, 3))).astype(np.uint8)
 
@@ -55,7 +56,7 @@ def _pixel(point: str) -> tuple[float, float]:
 
 
 def _distance(x, y, start, end) -> np.ndarray:
-    """From each point to the segment."""
+    """Returns the distance from each point to the segment."""
     (ax, ay), (bx, by) = start, end
     along = ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2)
     along = along.clip(0, 1)

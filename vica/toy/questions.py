@@ -1,4 +1,4 @@
-"""Questions about a scene, each of a kind that LLaVA's benchmarks ask, with its exact answer.
+"""Makes questions about a scene, each of a kind that LLaVA's benchmarks use, with its exact answer.
 
     existence                   POPE, MME    yes or no
     claim                       MME          yes or no, about anything that the open questions ask
@@ -9,9 +9,8 @@
     word                        TextVQA      the printed word
     choice, choice_chinese      MMBench, SEED, ScienceQA    a letter
 
-Who does not see the picture can only guess: the answer is drawn before the question, so that in each kind all answers
-are equally frequent. Whatever names a thing names one thing only, and where it stands to another is never a matter of
-pixels.
+Without the picture an answer is only a guess: the answer is chosen before the question, so that in each kind all
+answers are equally frequent. A name fits one thing only, and no relation between two things depends on a few pixels.
 """
 
 import random
@@ -22,10 +21,10 @@ from itertools import permutations, product
 
 from .world import COLOURS, GROUNDS, PLACES, SHAPES, WORDS, Scene, Thing
 
-# LLaVA's sentences, which its checkpoints have learned to obey
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTER_CHINESE = "请直接回答选项字母。"
+# LLaVA's sentences, which its checkpoints were trained to follow.
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+OPTION_LETTER = "Answer with the option's letter from the given choices directly."
+OPTION_LETTER_CHINESE = "请直接回答选项字母。"
 
 COUNTS = ("1", "2", "3", "4")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -47,21 +46,22 @@ class Question:
 
 @dataclass(frozen=True)
 class Fact:
-    """What an open question asks, and a claim about it, to be filled in with a right or a wrong answer."""
+    """A fact that an open question asks, and a claim about it to fill with a right or a wrong answer."""
 
     kind: str
     english: str
     chinese: str
     claim: str
     answer: str
-    wrong: tuple[str, ...]  # three at least, shuffled
+    wrong: tuple[str, ...]  # at least three, shuffled
 
 
-def ask(scene: Scene, rng: random.Random, form: Callable | None = None) -> list[Question]:
-    """A question of each kind that the scene allows, in any order. `form` may put each another way: it takes the
+def questions_about(scene: Scene, rng: random.Random, form: Callable | None = None) -> list[Question]:
+    """Returns a question of each kind that the scene allows, in random order. `form` may rewrite each: it takes the
     question, the fact that it asks or None, the scene and `rng`."""
     facts = [fact for make in FACTS if (fact := make(scene, rng))]
-    asked = [(Question(fact.kind, f"{fact.english}\n{SHORT}", fact.answer), fact) for fact in facts]
+    asked: list[tuple[Question, Fact | None]]
+    asked = [(Question(fact.kind, f"{fact.english}\n{SHORT_ANSWER}", fact.answer), fact) for fact in facts]
     for make in (_claim, _choice, _chinese):
         fact = rng.choice(facts)
         asked.append((make(fact, rng), fact))
@@ -99,7 +99,8 @@ def _shape(scene: Scene, rng: random.Random) -> Fact | None:
 
 
 def _count(scene: Scene, rng: random.Random) -> Fact | None:
-    """Where there is a group, which has two to four things with equal chance; a single one is as frequent an answer."""
+    """Returns a question on a group's size, if there is a group, which has two to four things with equal chance. A
+    single thing is as frequent an answer."""
     frequency = _frequency(scene)
     if (most := max(frequency.values())) == 1:
         return None
@@ -129,7 +130,7 @@ def _place(scene: Scene, rng: random.Random) -> Fact:
 
 
 def _neighbour(scene: Scene, rng: random.Random) -> Fact | None:
-    """Only where a single thing is on that side, and all others on the other."""
+    """Returns a question only if a single thing is on that side, and all others are on the opposite one."""
     found = [
         (thing, relation, other)
         for other in scene.things
@@ -152,13 +153,17 @@ def _neighbour(scene: Scene, rng: random.Random) -> Fact | None:
 
 
 def _word(scene: Scene, rng: random.Random) -> Fact | None:
-    return scene.word and Fact(
-        "word",
-        "What word is written in the image?",
-        "图中写的是什么单词？",
-        "Is the word written in the image {}?",
-        scene.word.text,
-        _wrong(WORDS, scene.word.text, rng),
+    return (
+        None
+        if scene.word is None
+        else Fact(
+            "word",
+            "What word is written in the image?",
+            "图中写的是什么单词？",
+            "Is the word written in the image {}?",
+            scene.word.text,
+            _wrong(WORDS, scene.word.text, rng),
+        )
     )
 
 
@@ -178,21 +183,23 @@ FACTS = (_colour, _shape, _count, _place, _neighbour, _word, _ground)
 
 def _claim(fact: Fact, rng: random.Random) -> Question:
     answer = rng.choice(("yes", "no"))
-    return Question("claim", f"{fact.claim.format(fact.answer if answer == 'yes' else fact.wrong[0])}\n{SHORT}", answer)
+    claimed = fact.answer if answer == "yes" else fact.wrong[0]
+    return Question("claim", f"{fact.claim.format(claimed)}\n{SHORT_ANSWER}", answer)
 
 
 def _choice(fact: Fact, rng: random.Random) -> Question:
     options, answer = _options(fact, rng)
-    return Question("choice", f"{fact.english}\n{options}\n{LETTER}", answer)
+    return Question("choice", f"{fact.english}\n{options}\n{OPTION_LETTER}", answer)
 
 
 def _chinese(fact: Fact, rng: random.Random) -> Question:
     options, answer = _options(fact, rng, CHINESE)
-    return Question("choice_chinese", f"{fact.chinese}\n{options}\n{LETTER_CHINESE}", answer)
+    return Question("choice_chinese", f"{fact.chinese}\n{options}\n{OPTION_LETTER_CHINESE}", answer)
 
 
 def _options(fact: Fact, rng: random.Random, translation: dict[str, str] | None = None) -> tuple[str, str]:
-    """Four options, a line each, and the letter of the right one. What has no translation stays as it is."""
+    """Returns four options, one a line, and the letter of the right one. Options without a translation stay as they
+    are."""
     options, place = list(fact.wrong[:3]), rng.randrange(4)
     rng.shuffle(options)
     options.insert(place, fact.answer)
@@ -200,7 +207,7 @@ def _options(fact: Fact, rng: random.Random, translation: dict[str, str] | None 
 
 
 def _existence(scene: Scene, rng: random.Random) -> Question:
-    """Half of what is absent shares shape or colour with something present."""
+    """Asks for something present or absent. Half of the absent ones share shape or colour with something present."""
     answer, thing = rng.choice(("yes", "no")), rng.choice(scene.things)
     shape, colour = thing.shape, thing.colour
     if answer == "no":
@@ -209,7 +216,7 @@ def _existence(scene: Scene, rng: random.Random) -> Question:
         near = [pair for pair in absent if not _frequency(scene).keys().isdisjoint(pair)]
         shape, colour = rng.choice(near if near and rng.random() < 0.5 else absent)
     article = "an" if colour == "orange" else "a"
-    return Question("existence", f"Is there {article} {colour} {shape} in the image?\n{SHORT}", answer)
+    return Question("existence", f"Is there {article} {colour} {shape} in the image?\n{SHORT_ANSWER}", answer)
 
 
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
@@ -223,7 +230,7 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
         return None
     (thing, relation, other), answer = rng.choice(found), rng.choice(("yes", "no"))
     asked = relation if answer == "yes" else OPPOSITES[relation]
-    return Question("relation", f"Is the {thing.name} {asked} the {other.name}?\n{SHORT}", answer)
+    return Question("relation", f"Is the {thing.name} {asked} the {other.name}?\n{SHORT_ANSWER}", answer)
 
 
 def _comparison(scene: Scene, rng: random.Random) -> Question | None:
@@ -232,7 +239,7 @@ def _comparison(scene: Scene, rng: random.Random) -> Question | None:
     pair, (word, size) = rng.choice(found), rng.choice((("larger", "large"), ("smaller", "small")))
     answer = next(thing.name for thing in pair if thing.size == size)
     text = f"Which is {word}, the {pair[0].name} or the {pair[1].name}?"
-    return Question("comparison", f"{text}\n{SHORT}", answer)
+    return Question("comparison", f"{text}\n{SHORT_ANSWER}", answer)
 
 
 def stands(thing: Thing, relation: str, other: Thing) -> bool:
@@ -245,7 +252,7 @@ def stands(thing: Thing, relation: str, other: Thing) -> bool:
 
 
 def _frequency(scene: Scene) -> Counter:
-    """How many things have each shape and each colour."""
+    """Counts the things of each shape and of each colour."""
     return Counter(name for thing in scene.things for name in (thing.shape, thing.colour))
 
 

@@ -1,4 +1,4 @@
-"""Counts right answers to the toy world's questions, kind by kind."""
+"""Counts the toy world's questions with a right answer, by kind."""
 
 import json
 import string
@@ -9,13 +9,14 @@ from ..utils.errors import ViCAError
 
 
 def read_questions(path: Path) -> list[dict]:
-    """The lines of `test.jsonl`."""
+    """Returns the lines of `test.jsonl`."""
     with open(path) as file:
         return [json.loads(line) for line in file]
 
 
 def score(questions: list[dict], answers: Mapping[int, str]) -> dict[str, tuple[int, int]]:
-    """Right answers and questions of each kind, and of "all". `answers` has one for each question_id."""
+    """Returns the number of right answers and of questions by kind, and for "all". `answers` has one for each
+    question_id."""
     asked = {question["question_id"] for question in questions}
     if strays := asked ^ answers.keys():
         missing = len(asked - answers.keys())
@@ -33,5 +34,5 @@ def score(questions: list[dict], answers: Mapping[int, str]) -> dict[str, tuple[
 
 
 def normalised(answer: str) -> str:
-    """Without case, punctuation and needless space."""
+    """Returns the answer without case, punctuation and needless space."""
     return " ".join(answer.lower().translate(str.maketrans("", "", string.punctuation)).split())

@@ -1,11 +1,11 @@
 """The toy world: up to four coloured shapes on a plain ground, and sometimes a printed word.
 
-A picture is 112 x 112 pixels, three rows of three places; a word takes a row of its own. No two things of a scene have
-both shape and colour in common, so that "the red circle" names one thing.
+A picture is 112 x 112 pixels, three rows of three places; a word takes a row of its own. No two things of a scene share
+both shape and colour, so that "the red circle" names one thing.
 
-Train and test differ in combinations. Of all pairs of things a fifth are strangers: no train scene holds two such
-things, and every test scene does. No scene can therefore be in both splits, whatever the seeds; and as either thing is
-trained in other company, nothing in a single thing tells which split it belongs to.
+Train and test differ in combinations. A fifth of all pairs of things are kept for the test: no train scene holds such a
+pair, and every test scene does. So no scene can be in both splits, for any seeds; and since train scenes hold each
+thing of a pair with other things, no single thing tells which split it belongs to.
 """
 
 import random
@@ -20,7 +20,7 @@ from PIL import Image
 from ..utils.errors import ViCAError
 from . import letters
 
-SIDE, PLACE = 112, 37  # pixels of a picture, and from one place to the next
+SIDE, PLACE = 112, 37  # pixels of a picture's side, and from one place to the next
 MARGIN = 6  # pixels that a word leaves free, left and right together
 SIZES = {"small": 20, "large": 32}
 COLOURS = {
@@ -46,7 +46,7 @@ SPLITS = ("train", "test")
 
 
 def _star(x, y):
-    """Inside at least four of the five lines that join a pentagram's tips."""
+    """Returns whether points are inside at least four of the five lines that join a pentagram's tips."""
     turns = 2 * np.pi * np.arange(5) / 5
     return sum(x * np.sin(turn) - y * np.cos(turn) <= np.cos(2 * np.pi / 5) for turn in turns) >= 4
 
@@ -70,7 +70,7 @@ class Thing:
     size: str
     row: int
     column: int
-    shift: tuple[int, int]  # pixels to the right and down, from the middle of its place
+    shift: tuple[int, int]  # pixels right and down from the middle of its place
 
     @property
     def name(self) -> str:
@@ -96,7 +96,8 @@ class Scene:
 
 
 def random_scene(rng: random.Random, split: str = "train") -> Scene:
-    """Half of the scenes have a group of two, three or four things of one shape or one colour."""
+    """Returns a random scene. Half of the scenes have a group of two, three or four things of one shape or one
+    colour."""
     if split not in SPLITS:
         raise ViCAError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     ground, group = rng.choice(tuple(GROUNDS)), rng.choice((1, 1, 1, 2, 3, 4))
@@ -113,33 +114,34 @@ def random_scene(rng: random.Random, split: str = "train") -> Scene:
 
 
 def place_thing(thing: Thing, rng: random.Random) -> Thing:
-    """Somewhere within its place."""
+    """Returns the thing moved at random within its place."""
     room = PLACE - SIZES[thing.size]
     return replace(thing, shift=_random_shift(rng, room, room))
 
 
 def is_train_scene(scene: Scene) -> bool:
-    """Whether the train split could hold it: no strangers, nothing twice, nothing upon another."""
+    """Returns whether the train split could hold the scene: no pair of the test, nothing twice, nothing on top of
+    another."""
     names = {(thing.shape, thing.colour) for thing in scene.things}
     places = {(thing.row, thing.column) for thing in scene.things}
     free = scene.word is None or all(row != scene.word.row for row, _ in places)
-    return free and len(names) == len(places) == len(scene.things) and not hold_strangers(names)
+    return free and len(names) == len(places) == len(scene.things) and not hold_test_pair(names)
 
 
-def hold_strangers(names: Iterable[tuple[str, str]]) -> bool:
-    """Whether two of the things, each by shape and colour, are kept for the test."""
+def hold_test_pair(names: Iterable[tuple[str, str]]) -> bool:
+    """Returns whether two of the things, each given by shape and colour, are a pair that is kept for the test."""
     numbers = [len(COLOURS) * list(SHAPES).index(shape) + list(COLOURS).index(colour) for shape, colour in names]
     return any((one + other) % 5 == 0 for one, other in combinations(numbers, 2))
 
 
 def _random_names(rng: random.Random, group: int, count: int, split: str) -> list[tuple[str, str]]:
-    """Shapes with colours. The group has one shape or one colour in common; otherwise nothing occurs twice."""
+    """Returns shapes with colours. The group shares one shape or one colour; otherwise nothing occurs twice."""
     while True:
         shapes, colours = rng.sample(tuple(SHAPES), count), rng.sample(tuple(COLOURS), count)
         common = rng.choice((shapes, colours))
         common[:group] = [common[0]] * group
         names = list(zip(shapes, colours))
-        if hold_strangers(names) == (split == "test"):
+        if hold_test_pair(names) == (split == "test"):
             return names
 
 
@@ -150,7 +152,7 @@ def _random_word(rng: random.Random) -> Word:
 
 
 def _random_shift(rng: random.Random, across: int, down: int) -> tuple[int, int]:
-    """Within so many pixels of free room."""
+    """Returns a shift within the free room in pixels."""
     return rng.randint(-(across // 2), across // 2), rng.randint(-(down // 2), down // 2)
 
 
@@ -174,7 +176,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _middle(place: int) -> int:
-    """Of a row or a column, in pixels."""
+    """Returns the middle of a row or a column, in pixels."""
     return SIDE // 2 + PLACE * (place - 1)
 
 

@@ -5,7 +5,7 @@
     finetune.json                 second stage: several questions a picture, in all forms; one in sixteen without one
     test.jsonl                    a question a line, of every kind that the picture allows, with its answer
 
-Every sample is drawn from the seed and its own number alone: a larger world begins with the smaller one.
+Each sample depends only on the seed and its own number, so a larger world begins with the smaller one.
 """
 
 import argparse
@@ -16,20 +16,19 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from scripts.toy.language import text_question
-
 from ..utils.errors import ViCAError
 from ..utils.files import whole_folder
 from ..utils.program import exit_status
 from .captions import INSTRUCTIONS, caption
 from .cores import in_order
 from .forms import vary
-from .questions import Question, ask
+from .questions import Question, questions_about
+from .text_questions import text_question
 from .world import Scene, draw, random_scene
 
 FOLDER = Path("playground/toy/world")
-TURNS = 6  # questions of a training picture
-PICTURES_A_TEXT = 15  # so many samples with a picture for each without
+TURNS = 6  # questions about one training picture
+PICTURES_A_TEXT = 15  # samples with a picture for each one without
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +50,7 @@ def run(args) -> None:
 
 
 def write(folder: Path, train: int, test: int, seed: int = 0, progress: bool = False) -> Path:
-    """The folder appears whole or not at all."""
+    """Writes the world and returns its folder, which appears whole or not at all."""
     folder = Path(folder)
     for name, count in (("train", train), ("test", test)):
         if count < 1:
@@ -107,7 +106,7 @@ def test_questions(count: int, seed: int) -> Iterator[dict]:
 
 def _questions(split: str, index: int, seed: int) -> list[Question]:
     form = vary if split == "train" else None
-    return ask(scene_at(split, index, seed), _random(seed, split, index, "questions"), form)
+    return questions_about(scene_at(split, index, seed), _random(seed, split, index, "questions"), form)
 
 
 def _turns(question: str, answer: str) -> list[dict]:
@@ -119,7 +118,7 @@ def _image(split: str, index: int) -> str:
 
 
 def _random(seed: int, split: str, index: int, part: str) -> random.Random:
-    return random.Random(f"{seed} {split} {index} {part}")  # of a string: the same in every process
+    return random.Random(f"{seed} {split} {index} {part}")  # seeded by a string, which gives the same in every process
 
 
 def _draw_all(folder: Path, split: str, count: int, seed: int, progress: bool) -> None:
@@ -133,7 +132,7 @@ def _draw_one(folder: Path, split: str, seed: int, index: int) -> None:
 
 
 def _write_list(path: Path, samples: Iterable[dict]) -> None:
-    """A JSON list, a sample a line."""
+    """Writes a JSON list, one sample a line."""
     with open(path, "w") as file:
         for place, sample in enumerate(samples):
             file.write(f"{',' if place else '['}\n{json.dumps(sample)}")

@@ -5,7 +5,8 @@ import sys
 from .run import main
 
 code = main()
-if "deepspeed" in sys.modules:  # some of its threads outlive their owners and abort an ordinary exit, all work done
+# some of its threads outlive their owners and abort a normal exit, after all work is done
+if "deepspeed" in sys.modules:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

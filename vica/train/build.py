@@ -1,4 +1,4 @@
-"""The model and processor that training starts from."""
+"""Builds the model and processor that training starts from."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..utils.errors import ViCAError
 from ..vision.projectors import build_projector
 
 PROJECTOR = "model.mm_projector."
-# What a model sees with, where it starts from a plain language model.
+# Settings of the vision side for a model that starts from a plain language model.
 SEEING = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
 
 
@@ -40,7 +40,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
     if config.vision_config is None:
         raise ViCAError(f"{folder} has no vision tower and --vision_tower names none")
 
-    set_seed(train_args.seed)  # of a new projector, and of adapters
+    set_seed(train_args.seed)  # for a new projector and for adapters
     weights = files.read_with_tower(folder, config, cache_dir)
     if model_args.pretrain_mm_mlp_adapter:
         weights = {name: x for name, x in weights.items() if not name.startswith(PROJECTOR)}
@@ -51,9 +51,10 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
     model = ViCAForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=loading_dtype(train_args), **quantisation(train_args)
     )
-    model.config.name_or_path = model.name_or_path = str(model_args.model_name_or_path)  # the latter for peft
+    model.config.name_or_path = model.name_or_path = str(model_args.model_name_or_path)  # peft reads the latter
     present = {type(module).__name__ for module in model.modules()}
-    model._no_split_modules = sorted(present.intersection(model._no_split_modules))  # FSDP refuses names of no module
+    # FSDP refuses names that no module has
+    model._no_split_modules = sorted(present.intersection(model._no_split_modules))
     gather_by_block(model)
     return model, read_processor(folder, config)
 
@@ -69,9 +70,9 @@ def new_config(raw: dict, args) -> ViCAConfig:
 def known_config(raw: dict, args) -> ViCAConfig:
     config = ViCAConfig.from_dict(raw)
     for name in SEEING:
-        given, held = getattr(args, name), getattr(config, name)
-        if given not in (None, held):
-            raise ViCAError(f"--{name} is {given!r}, but {args.model_name_or_path} was trained with {held!r}")
+        given, trained = getattr(args, name), getattr(config, name)
+        if given not in (None, trained):
+            raise ViCAError(f"--{name} is {given!r}, but {args.model_name_or_path} was trained with {trained!r}")
     return config
 
 
@@ -81,8 +82,8 @@ def new_projector(config: ViCAConfig) -> dict[str, torch.Tensor]:
 
 
 def read_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor:
-    """Tokens and pixels as the folder says; this run's template and way of squaring images, because the model will be
-    asked as it was trained."""
+    """Returns a processor with the folder's tokens and pixels, but with this run's template and image mode: the trained
+    model is used with these."""
     saved = load_processor(folder, config)
     if saved is None:
         raise ViCAError(f"{folder} holds no tokenizer")
@@ -92,7 +93,7 @@ def read_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor:
 
 
 def gather_by_block(model) -> None:
-    """ZeRO-3 then fetches a block's weights at once. Hooks on each of its modules cost the host more time than the
+    """Makes ZeRO-3 fetch a block's weights at once. Hooks on each module of a block cost the host more time than the
     device needs for the layer."""
     if is_deepspeed_zero3_enabled():
         from deepspeed.utils import set_z3_leaf_modules
@@ -102,15 +103,15 @@ def gather_by_block(model) -> None:
 
 
 def loading_dtype(args) -> torch.dtype:
-    """Half precision for what stays frozen; what learns is widened later (`widen`), but where DeepSpeed keeps its own
-    wide copy. FSDP wants one type for all."""
+    """Returns half precision, which frozen weights keep. `widen` widens the learning ones later, unless DeepSpeed keeps
+    its own wide copy. FSDP needs one type for all."""
     if args.fsdp:
         return torch.float32
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def widen(model, args) -> None:
-    """Steps of a small learning rate are lost in half precision: what learns is kept in float32."""
+    """Keeps learning weights in float32: steps of a small learning rate are lost in half precision."""
     if args.deepspeed_plugin is None:
         for parameter in model.parameters():
             if parameter.requires_grad:

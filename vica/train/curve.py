@@ -1,13 +1,13 @@
-"""The loss as a picture."""
+"""Plots the training loss."""
 
 import logging
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-SMOOTHED = 0.95  # share of the past in the drawn mean
+SMOOTHED = 0.95  # share of the past in the plotted mean
 
 
-def draw(path: Path, history: list[dict]) -> None:
+def plot(path: Path, history: list[dict]) -> None:
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if not points:
         return

@@ -1,4 +1,4 @@
-"""LoRA adapters on the language model, for training."""
+"""Adds LoRA adapters to the language model, for training."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from ..checkpoint.adapters import peft
 
 
 def add_adapters(model, args):
-    """On every linear map of the decoder's layers, as LLaVA does."""
+    """Returns the model with adapters on every linear map of the decoder's layers, as in LLaVA."""
     names = {name.rsplit(".", 1)[-1] for name, x in model.model.layers.named_modules() if isinstance(x, nn.Linear)}
     if args.bits < 16:
         model = peft().prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -1,4 +1,4 @@
-"""How fast training goes: samples, tokens and FLOPs a second, counted from the batches as they pass."""
+"""Measures training speed: samples, tokens and FLOPs a second, counted from the batches as they pass."""
 
 import time
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from ..plan.flops import sample_flops
 from ..plan.sizes import visual_tokens
 from .stages import Trained
 
-# Dense half-precision peaks by a part of the device's name, TFLOP/s, as their maker states them.
+# Peaks in dense half precision, TFLOP/s, as the makers state them, by a part of the device's name.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
 
 
@@ -23,7 +23,7 @@ def peak_flops(given_tflops: float | None, device: torch.device) -> float | None
 
 
 def count_tokens(config: ViCAConfig, batch: dict) -> list[tuple[int, int, int]]:
-    """Text tokens, visual tokens and what has a label, of each row."""
+    """Returns the number of text tokens, visual tokens and labels of each sample."""
     mask = batch["attention_mask"] != 0
     images = ((batch["input_ids"] == config.image_token_index) & mask).sum(1)
     scored = (batch["labels"] != IGNORE).sum(1)
@@ -32,14 +32,15 @@ def count_tokens(config: ViCAConfig, batch: dict) -> list[tuple[int, int, int]]:
 
 
 def passes(trained: Trained) -> int:
-    """Forward, the gradients of what comes in, and those of the weights where they learn."""
+    """Returns the training FLOPs in units of a forward pass: the forward, the gradients of its inputs, and those of the
+    weights if the language model learns."""
     return 3 if "language model" in trained.parts else 2
 
 
 @dataclass
 class Meter:
-    """Counts of this process since the last reading. FLOPs are the model's own: what checkpointing computes a second
-    time is not counted."""
+    """Counts of this process since the last reading. FLOPs are the model's own; recomputation by checkpointing is not
+    counted."""
 
     config: ViCAConfig
     trained: Trained
@@ -50,13 +51,13 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
 
     def count(self, batch: dict) -> None:
-        rows = count_tokens(self.config, batch)
+        counts = count_tokens(self.config, batch)
         self.samples += len(batch["sample_ids"])
-        self.text_tokens += sum(text for text, _, _ in rows)
-        self.flops += passes(self.trained) * sum(sample_flops(self.config, *row) for row in rows)
+        self.text_tokens += sum(text for text, _, _ in counts)
+        self.flops += passes(self.trained) * sum(sample_flops(self.config, *sample) for sample in counts)
 
     def read(self, world_size: int, gather) -> dict[str, float]:
-        """Figures of all processes. `gather`: sums a tensor of counts over them."""
+        """Returns the figures of all processes. `gather` sums a list of counts over them."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         samples, tokens, flops = gather([float(self.samples), float(self.text_tokens), self.flops])

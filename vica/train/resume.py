@@ -1,4 +1,4 @@
-"""Where a run goes on from that is started again, and whether that is a checkpoint of the same run."""
+"""Finds the checkpoint from which a restarted run resumes, and checks that it is a checkpoint of the same run."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ from ..utils.files import one_name
 from .saving import TRAINED_FILE
 from .stages import Trained
 
-# What weights are trained with and the saved model is asked with: other values make it another run.
-SETTLED = ("t2v_layers", "freeze_prefix", "conversation", "image_aspect_ratio")
-RUN_FILE = "run.json"  # in a checkpoint: what its optimizer's state and its adapters fit
+# Settings that the weights were trained with and the saved model is used with: other values make it another run.
+FIXED = ("t2v_layers", "freeze_prefix", "conversation", "image_aspect_ratio")
+RUN_FILE = "run.json"  # in a checkpoint: the settings that its optimizer state and adapters fit
 
 
 def resume_point(args, config: ViCAConfig, trained: Trained) -> str | None:
-    """As LLaVA does: the newest checkpoint in the output folder, unless another is named."""
+    """Returns the newest checkpoint in the output folder unless another is named, as LLaVA does; None to start anew."""
     given = str(args.resume_from_checkpoint or "")
     if given.lower() == "false":
         return None
@@ -38,15 +38,16 @@ def differences(point: Path, args, config: ViCAConfig, trained: Trained) -> list
     if (point / TRAINED_FILE).is_file() == trained.whole:
         kinds = ("stage 1 or adapters, now the whole model", "the whole model, now stage 1 or adapters")
         return [kinds[not trained.whole]]
-    held, now = {}, run_settings(args, config, trained) | settled(config)
+    before: dict = {}
+    now = run_settings(args, config, trained) | fixed_settings(config)
     if (point / RUN_FILE).is_file():
-        held |= read_json(point / RUN_FILE)
-    if (point / "config.json").is_file():  # not where FSDP leaves pieces
-        held |= settled(ViCAConfig.from_dict(read_json(point / "config.json")))
+        before |= read_json(point / RUN_FILE)
+    if (point / "config.json").is_file():  # FSDP's pieces come without it
+        before |= fixed_settings(ViCAConfig.from_dict(read_json(point / "config.json")))
     return [
-        f"{name} {held[name]!r}, now {now[name]!r}"
+        f"{name} {before[name]!r}, now {now[name]!r}"
         for name in now
-        if repr(held.get(name, now[name])) != repr(now[name])
+        if repr(before.get(name, now[name])) != repr(now[name])
     ]
 
 
@@ -55,8 +56,8 @@ def write_run(folder: Path, args, config: ViCAConfig, trained: Trained) -> None:
 
 
 def run_settings(args, config: ViCAConfig, trained: Trained) -> dict:
-    """Other values than at the last start would be a traceback from deep within, an optimizer that begins anew, or
-    weights beside others than they have learned with."""
+    """Returns the settings that must not change when a run resumes. Another value would cause a traceback from deep
+    within, a fresh optimizer, or weights beside others than those they were trained with."""
     deepspeed = args.deepspeed_plugin
     engine = f"DeepSpeed ZeRO-{deepspeed.zero_stage}" if deepspeed is not None else "FSDP" if args.fsdp else "none"
     adapters = {name: getattr(args, name) for name in ("lora_r", "lora_alpha", "lora_bias")} if trained.adapters else {}
@@ -65,12 +66,12 @@ def run_settings(args, config: ViCAConfig, trained: Trained) -> dict:
         "optim": str(getattr(args.optim, "value", args.optim)).removesuffix("_fused"),
         "a rate of the projector's own": args.mm_projector_lr is not None,
         "engine": engine,
-        "processes": args.world_size if deepspeed is not None else None,  # ZeRO's pieces are for so many
+        "processes": args.world_size if deepspeed is not None else None,  # ZeRO's pieces fit this number only
         "model_name_or_path": None if trained.whole else one_name(config.name_or_path),
         **adapters,
     }
 
 
-def settled(config: ViCAConfig) -> dict:
-    """accel and mask train the same function; a run may change from one to the other."""
-    return {"dense": config.variant == "dense", **{name: getattr(config, name) for name in SETTLED}}
+def fixed_settings(config: ViCAConfig) -> dict:
+    """Returns the model settings of a run. accel and mask train the same function, so a run may change between them."""
+    return {"dense": config.variant == "dense", **{name: getattr(config, name) for name in FIXED}}

@@ -1,4 +1,4 @@
-"""The training run, from arguments to a saved model."""
+"""Runs training, from arguments to a saved model."""
 
 import logging
 import os
@@ -82,10 +82,10 @@ def run(model_args, data_args, args, trained: Trained) -> None:
 
 
 def prepare(args) -> None:
-    """What must be settled before anything large is loaded."""
+    """Settles everything that must be known before anything large is loaded."""
     quiet_transformers()
     logging.basicConfig(level=logging.INFO if args.should_save else logging.ERROR, format="%(message)s")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # on every machine
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # needed on every machine
     if args.should_save:
         saving.clear_unfinished(args.output_dir)
     check_optimizer(args)
@@ -95,20 +95,22 @@ def prepare(args) -> None:
 
 
 def check_optimizer(args) -> None:
-    """An optimizer that a DeepSpeed file names is DeepSpeed's to make: of the parameters as one group, at one rate."""
+    """Refuses a projector rate beside an optimizer that a DeepSpeed file names: DeepSpeed builds that one with all
+    parameters in one group, at one rate."""
     plugin = args.deepspeed_plugin
     if args.mm_projector_lr is not None and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
         raise ViCAError("--mm_projector_lr is lost on the optimizer that --deepspeed names: take it out there")
 
 
 def join_ranks(args) -> None:
-    """Before the model is built: ZeRO-3 shards it while it is loaded, and would take itself for alone."""
+    """Joins the process group before the model is built: ZeRO-3 shards the model while it loads, and without the group
+    it would assume one process."""
     if args.device and args.deepspeed_plugin is not None:
         import deepspeed
 
         try:
             deepspeed.init_distributed()
-        except ImportError as error:  # without a launcher's variables it looks for MPI's
+        except ImportError as error:  # without a launcher's variables DeepSpeed looks for MPI
             raise ViCAError(
                 "--deepspeed wants a launcher, be it for one process: torchrun --nproc_per_node 1 -m vica.train"
             ) from error
@@ -149,7 +151,7 @@ def announce(args, model, total: int | None) -> None:
 
 
 def finish(trainer: ViCATrainer) -> None:
-    """The model itself, in the precision it is used with, the log and its picture."""
+    """Saves the model in the precision of its use, the log and the plot of the loss."""
     args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.check_last_loss()
     if trainer.state.global_step == 0:
@@ -163,7 +165,7 @@ def finish(trainer: ViCATrainer) -> None:
     if args.should_save:
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         saving.publish_files(staging, output)
-        curve.draw(output / "loss.png", trainer.state.log_history)
+        curve.plot(output / "loss.png", trainer.state.log_history)
         if trainer.skipped.count:
             print(f"{trainer.skipped.count} samples were left out; {trainer.skipped.file} says why")
         print(f"wrote {output}", flush=True)
@@ -171,8 +173,8 @@ def finish(trainer: ViCATrainer) -> None:
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()
     if torch.distributed.is_initialized():
-        # DDP's reducer holds the process group. Were it the last to, it would end the group with Python's lock held,
-        # for which a thread of gloo's may wait that is to be joined: the process would never end.
+        # DDP's reducer holds the process group. If it held the last reference, it would end the group while it holds
+        # Python's lock; a gloo thread that has to be joined may wait for that lock, and the process would never end.
         trainer.model_wrapped = trainer.model
         trainer.accelerator.free_memory()
         torch.distributed.destroy_process_group()

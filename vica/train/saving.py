@@ -1,4 +1,4 @@
-"""What a stage writes, and how: a folder is written aside and appears whole, or not at all."""
+"""Writes the output of a stage so that a folder appears whole, or not at all."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from ..checkpoint.files import NON_LORA_FILE, PROJECTOR_FILE, holds_adapters
 from ..utils.errors import ViCAError
 from .stages import Trained, part_of
 
-UNFINISHED = "unfinished"  # inside the output folder; left behind by a run that was killed while it saved
+UNFINISHED = "unfinished"  # inside the output folder; a run that is killed while it saves leaves it behind
 TRAINED_FILE = "trained.safetensors"
 MODEL_FILES = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def write_trained(folder: Path, model, state: dict[str, torch.Tensor], with_adapters: bool) -> None:
-    """Of stage 1 and of adapters: what learned, to go on from, and LLaVA's files of it."""
+    """Writes the trained weights of stage 1 or of adapters twice: as a resumable checkpoint and in LLaVA's files."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED_FILE)
     if with_adapters:
@@ -42,10 +42,10 @@ def read_trained(folder: Path, model) -> None:
 
 
 def check_output(folder: Path, base: str, trained: Trained) -> None:
-    """Files of another kind that stay beside what a run writes would be read in its place."""
+    """Refuses a folder with files of another kind, which stay beside the new files and would be read in their place."""
     if Path(base).is_dir() and folder.samefile(base):
         raise ViCAError(f"--output_dir {folder} is the model that training starts from: give it another")
-    if get_last_checkpoint(folder) is not None:  # which is gone on from, or refused with the reason
+    if get_last_checkpoint(folder) is not None:  # the run resumes from it, or is refused with the reason
         return
     adapters, model = holds_adapters(folder), any(MODEL_FILES.fullmatch(path.name) for path in folder.iterdir())
     if adapters and not trained.adapters:
@@ -59,8 +59,8 @@ def clear_unfinished(output_dir: str | os.PathLike) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Makes a finished folder appear under its name. Its files reach the disk first: a rename may be there after a
-    power cut when their contents are not."""
+    """Moves a finished folder to its name. Its files reach the disk first: after a power cut a rename may be there
+    without their contents."""
     sync(source)
     if target.exists():
         retire(target)
@@ -69,23 +69,23 @@ def publish(source: Path, target: Path) -> None:
 
 
 def rotate(output_dir: str | os.PathLike, limit: int | None) -> None:
-    """Leaves the newest `limit` checkpoints; None or 0: all."""
+    """Keeps the newest `limit` checkpoints; all if it is None or 0."""
     if limit is not None and limit > 0:
         for old in sort_checkpoints(str(output_dir))[:-limit]:
             retire(Path(old))
 
 
 def retire(folder: Path) -> None:
-    """A folder goes whole or not at all too: a kill must not leave half a checkpoint under its name."""
-    grave = folder.parent / UNFINISHED / f"old-{folder.name}"
-    grave.parent.mkdir(exist_ok=True)
-    os.rename(folder, grave)
-    shutil.rmtree(grave)
+    """Removes a folder whole or not at all: a kill must not leave half a checkpoint under its name."""
+    discarded = folder.parent / UNFINISHED / f"old-{folder.name}"
+    discarded.parent.mkdir(exist_ok=True)
+    os.rename(folder, discarded)
+    shutil.rmtree(discarded)
 
 
 def publish_files(source: Path, target: Path) -> None:
-    """The same for files that go into a folder which holds others. Weights that stay from an earlier model, its index
-    and shards, would be read in place of the new ones."""
+    """Moves finished files into a folder that holds others, and removes an earlier model's index and shards: they would
+    be read in place of the new ones."""
     sync(source)
     written = {path.name for path in source.iterdir()}
     for name in sorted(written):

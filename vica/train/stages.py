@@ -1,4 +1,4 @@
-"""What each stage trains, said in one place."""
+"""Says in one place which parts of the model each stage trains."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """Parts of PARTS that learn in full, whether the language model learns through adapters, and whether checkpoints
-    hold the whole model, even if it learns little, and not only what learns."""
+    """Settings of one stage: the parts of PARTS that learn in full; whether the language model learns through adapters;
+    and whether checkpoints hold the whole model, even if little of it learns, or only the trained weights."""
 
     parts: tuple[str, ...]
     adapters: bool = False
@@ -28,7 +28,7 @@ class Trained:
 
     @classmethod
     def of(cls, args) -> "Trained":
-        """`args`: TrainArguments."""
+        """Returns the settings for `args`, a TrainArguments."""
         if args.stage == "pretrain":
             wrong = [
                 x for x in ("lora_enable", "freeze_mm_mlp_adapter", "unfreeze_mm_vision_tower") if getattr(args, x)
@@ -47,7 +47,7 @@ class Trained:
 
 
 def part_of(name: str) -> str:
-    """`name`: of a parameter, with or without what peft and parallel wrappers put in front."""
+    """Returns the part of a parameter. `name` may carry prefixes of peft and of parallel wrappers."""
     for part, beginnings in PARTS.items():
         if any(beginning in name for beginning in beginnings):
             return part
@@ -55,7 +55,8 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: nn.Module, trained: Trained) -> None:
-    """Sets `requires_grad` of every parameter. A language model with adapters is peft's: it may train biases too."""
+    """Sets `requires_grad` of every parameter. peft decides for a language model with adapters: it may train biases
+    too."""
     for name, parameter in model.named_parameters():
         if not (trained.adapters and part_of(name) == "language model"):
             parameter.requires_grad_(part_of(name) in trained.parts)
@@ -63,17 +64,17 @@ def freeze(model: nn.Module, trained: Trained) -> None:
         raise ViCAError("nothing is left to train: every part of the model is frozen")
 
 
-def rows(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Each part with its parameters and how many of them learn. Sharded weights tell their whole size."""
+def part_sizes(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Returns each part with the number of its parameters and of those that learn. Sharded weights count in full."""
     found: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         part = found.setdefault("adapters" if is_adapter(name) else part_of(name), [0, 0])
         size = getattr(parameter, "ds_numel", parameter.numel())
         part[0] += size
         part[1] += size if parameter.requires_grad else 0
-    return [(part, *counts) for part, counts in found.items()]
+    return [(part, size, learning) for part, (size, learning) in found.items()]
 
 
 def describe(model: nn.Module) -> str:
     lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}"]
-    return "\n".join(lines + [f"{part:<16}{size:>16,}{learning:>16,}" for part, size, learning in rows(model)])
+    return "\n".join(lines + [f"{part:<16}{size:>16,}{learning:>16,}" for part, size, learning in part_sizes(model)])

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -12,30 +13,34 @@ from ..data.skipped import Skipped
 from ..utils.errors import ViCAError
 from ..utils.files import room_needed
 from . import saving
-from .arguments import one_line_complaints
+from .arguments import TrainArguments, one_line_complaints
 from .meter import Meter
 from .resume import write_run
 from .stages import Trained, part_of
 
-FOR_US = ("sample_ids", "broken")  # of a batch, not the model's
+FOR_US = ("sample_ids", "broken")  # entries of a batch that the model does not take
 
 
 class ViCATrainer(Trainer):
+    args: TrainArguments
+    model: nn.Module
+
     def __init__(self, *args, trained: Trained, meter: Meter, skipped: Skipped, **kwargs):
         super().__init__(*args, **kwargs)
         self.trained, self.meter, self.skipped = trained, meter, skipped
-        self.written = {name for name, p in self.model.named_parameters() if p.requires_grad}  # before it is sharded
-        if trained.adapters:  # a frozen projector need not be that of the base that they are merged into
+        # before the model is sharded
+        self.written = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if trained.adapters:  # a frozen projector may differ from the one in the base that the adapters are merged into
             self.written |= {name for name, _ in self.model.named_parameters() if part_of(name) == "projector"}
-        self.unchecked: tuple | None = None  # the last loss, on its way from the device
+        self.unchecked: tuple | None = None  # the last loss, while it is copied from the device
         self.save_into = self.args.output_dir
 
     # --- data ---
 
     def get_train_dataloader(self) -> DataLoader:
-        """Ids, masks and labels stay on the host, where the model plans its call: brought to the device they would
-        have to be waited for there."""
-        if isinstance(self.train_dataset, IterableDataset):  # which deals samples out to ranks and workers itself
+        """Returns a loader that leaves ids, masks and labels on the host, where the model plans its call: on the device
+        it would have to wait for them."""
+        if isinstance(self.train_dataset, IterableDataset):  # the dataset deals samples to ranks and workers itself
             return DataLoader(
                 self.train_dataset,
                 batch_size=self._train_batch_size,
@@ -46,9 +51,9 @@ class ViCATrainer(Trainer):
         loader = super().get_train_dataloader()
         loader.device = None
         dealt = loader.batch_sampler
-        if hasattr(dealt, "batch_sampler"):  # among ranks
-            # A run that goes on puts one that skips in front, past which accelerate finds no sampler to tell the epoch:
-            # what is left of it would come in the first epoch's order.
+        if hasattr(dealt, "batch_sampler"):  # batches are dealt to several ranks
+            # A resumed run puts a skipping sampler in front, in which accelerate finds no sampler to set the epoch on:
+            # the rest of the epoch would come in the first epoch's order.
             dealt.sampler = dealt.batch_sampler.sampler
         return loader
 
@@ -72,7 +77,8 @@ class ViCATrainer(Trainer):
     # --- a step ---
 
     def get_batch_samples(self, *args, **kwargs):
-        """None for a finished run that is started again: transformers asks whether it is finished after a step only."""
+        """Returns no batch for a finished run that is started again: transformers tests for the end only after a
+        step."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
@@ -99,7 +105,8 @@ class ViCATrainer(Trainer):
         return copy, event
 
     def check_last_loss(self) -> None:
-        """A step late, so that the device is never waited for; but before anything is saved."""
+        """Raises if the last loss is not finite. It runs a step late, so that the device is never waited for, but
+        before any save."""
         if self.unchecked is None:
             return
         loss, event, step, samples = self.unchecked
@@ -114,14 +121,14 @@ class ViCATrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple, list] = {}
+            parameters: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     own_rate = self.args.mm_projector_lr if part_of(name) == "projector" else None
-                    groups.setdefault((name in decayed, own_rate), []).append(parameter)
+                    parameters.setdefault((name in decayed, own_rate), []).append(parameter)
             with one_line_complaints():
                 chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-                groups = [self.group(*key, parameters) for key, parameters in groups.items()]
+                groups = [self.group(decays, rate, some) for (decays, rate), some in parameters.items()]
                 self.optimizer = chosen(groups, **settings)
         return self.optimizer
 
@@ -180,7 +187,7 @@ class ViCATrainer(Trainer):
         return model.get_base_model().config if self.trained.adapters else model.config
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """What learns, and the projector beside adapters, whole and on the CPU, whatever shards it."""
+        """Returns the trained weights, and the projector beside adapters, unsharded and on the CPU."""
         if self.is_fsdp_enabled:
             state = self.accelerator.get_state_dict(self.model)
             return {name: state[name] for name in state if name in self.written}
@@ -195,7 +202,7 @@ class ViCATrainer(Trainer):
 
 
 def gathered(parameters: list):
-    """ZeRO-3 keeps a piece of each on every rank."""
+    """Returns a context in which the parameters are whole: ZeRO-3 keeps only a piece of each on every rank."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
     import deepspeed

@@ -1,4 +1,4 @@
-"""From the tower's features to the language model's width. Module names are LLaVA's, so its weights fit."""
+"""Projectors from the tower's features to the language model's width. Module names are LLaVA's, so its weights fit."""
 
 from torch import nn
 

@@ -1,7 +1,9 @@
 """Vision towers: transformers' CLIP and SigLIP, or any vision transformer of open_clip by name.
 
-Weights are named as LLaVA names them, `vision_tower.vision_tower.vision_model.*`, whatever transformers calls them.
+Weights are named as LLaVA names them, `vision_tower.vision_tower.vision_model.*`, not as transformers does.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +13,10 @@ from ..plan.formats import CLASS_TOKENS
 from ..utils.errors import ViCAError
 
 
-# Subclasses of ours, because transformers renames the weights of its own towers when they are nested in a model.
+# Own subclasses, because transformers renames the weights of its own towers when they are nested in a model.
 class ClipTower(CLIPVisionModel):
     def hidden_state(self, pixels: torch.Tensor, depth: int) -> torch.Tensor:
-        """The sequence after `depth` encoder layers; later layers are not run."""
+        """Returns the sequence after `depth` encoder layers; later layers do not run."""
         hidden = self.pre_layrnorm(self.embeddings(pixels))
         return run_encoder(self.encoder, hidden, depth)
 
@@ -24,15 +26,15 @@ class SiglipTower(SiglipVisionModel):
         return run_encoder(self.encoder, self.embeddings(pixels), depth)
 
 
-def run_encoder(encoder: nn.Module, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+def run_encoder(encoder: Any, hidden: torch.Tensor, depth: int) -> torch.Tensor:
     for layer in encoder.layers[:depth]:
         hidden = layer(hidden, None)
     return hidden
 
 
 class OpenClipConfig(PreTrainedConfig):
-    """An open_clip model by its name. `hidden_size` and the other figures are the tower's own, kept in the config so
-    that a checkpoint can be described without building it."""
+    """Names an open_clip model. `hidden_size` and the other figures are the tower's own; the config holds them so that
+    a checkpoint can be described without building the tower."""
 
     model_type = "open_clip_vision"
     base_config_key = "vision_config"
@@ -51,6 +53,7 @@ AutoConfig.register(OpenClipConfig.model_type, OpenClipConfig)
 
 class OpenClipTower(PreTrainedModel):
     config_class = OpenClipConfig
+    visual: Any  # open_clip's
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: OpenClipConfig):
@@ -65,13 +68,13 @@ class OpenClipTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The weights stay open_clip's own. Position tables, which no checkpoint holds, are filled in again, because
-        transformers empties them while it loads."""
+        """Keeps open_clip's own weights, and refills the position tables: no checkpoint holds them, and transformers
+        empties them while it loads."""
         for name, table in self.tables.items():
             self.get_buffer(name).copy_(table)
 
     def hidden_state(self, pixels: torch.Tensor, depth: int) -> torch.Tensor:
-        """Patch tokens after `depth` blocks; open_clip strips the class token itself."""
+        """Returns the patch tokens after `depth` blocks; open_clip strips the class token itself."""
         out = self.visual.forward_intermediates(
             pixels, indices=[depth - 1], stop_early=True, normalize_intermediates=False, output_fmt="NLC",
             intermediates_only=True,
@@ -79,14 +82,15 @@ class OpenClipTower(PreTrainedModel):
         return out["image_intermediates"][0]
 
 
-def count_blocks(visual: nn.Module) -> int:
-    """open_clip keeps its own transformers' blocks in one place, and timm's, which it wraps, in another."""
+def count_blocks(visual: Any) -> int:
+    """Returns the number of blocks. open_clip's own transformers and timm's, which it wraps, keep them in different
+    places."""
     if hasattr(visual, "trunk"):
         return len(getattr(visual.trunk, "blocks", ()))
     return len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 0
 
 
-# In place of the text tower, which is not used: some are large, and some are fetched from the hub.
+# A tiny text tower in place of the unused real one: some are large, and some are fetched from the hub.
 NO_TEXT = dict(width=8, heads=1, layers=1, vocab_size=8, context_length=8)
 
 
@@ -97,15 +101,21 @@ def open_clip_visual(name: str) -> nn.Module:
         raise ViCAError(f"the tower {name!r} needs open_clip: pip install 'vica[open_clip]'") from error
     if name not in open_clip.list_models():
         raise ViCAError(f"open_clip knows no model {name!r}; open_clip.list_models() lists them")
-    with torch.device("cpu"):  # some towers compute tables while they are built, which fails on the meta device
+    with torch.device("cpu"):  # some towers compute tables when they are built, which fails on the meta device
         return open_clip.create_model(name, pretrained=None, pretrained_text=False, text_cfg=NO_TEXT).visual
 
 
 TOWERS = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower, OpenClipConfig.model_type: OpenClipTower}
 
 
+class NamedTower(nn.Module):
+    """Gives the tower its name in checkpoints, `vision_tower.vision_model`."""
+
+    vision_model: ClipTower | SiglipTower | OpenClipTower
+
+
 class VisionTower(nn.Module):
-    """Patch features of images, from the layer the language model was trained with."""
+    """Returns patch features of images, from the layer that the language model was trained with."""
 
     def __init__(self, config: PreTrainedConfig, select_layer: int = -2, select_feature: str = "patch"):
         super().__init__()
@@ -120,11 +130,11 @@ class VisionTower(nn.Module):
                 f"mm_vision_select_layer is {select_layer}; the tower has {config.num_hidden_layers} layers"
             )
         self.skip = CLASS_TOKENS.get(config.model_type, 0) if select_feature == "patch" else 0
-        self.vision_tower = nn.Module()
+        self.vision_tower = NamedTower()
         self.vision_tower.vision_model = TOWERS[config.model_type](config)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] to [N, patches, features]."""
+        """Maps [N, 3, H, W] to [N, patches, features]."""
         tower = self.vision_tower.vision_model
         expected = (3, tower.config.image_size, tower.config.image_size)
         if tuple(pixels.shape[1:]) != expected:

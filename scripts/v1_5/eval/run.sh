@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Sourced by the scripts beside it: `evaluate BENCHMARK FLAGS` asks all of a benchmark's questions and scores the answers.
 #
-#   CKPT=...             checkpoint folder or hub repository (default: playground/checkpoints/toy-vica, asked about the toy
-#                        world, which is drawn into playground/toy/eval)
-#   T2V_LAYERS="[0,1]"   other layers than the checkpoint's
+#   CKPT=...             checkpoint folder or hub repository (default: playground/checkpoints/toy-vica, with the
+#                        questions of the toy world, which is drawn into playground/toy/eval)
+#   T2V_LAYERS="[0,1]"   layers in place of the checkpoint's
 #   DATA=FOLDER          holds LLaVA's folders (default: playground/data/eval)
 #   GPUS=8               processes on this machine (default: its GPUs; none: one process on the CPU)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines (MASTER_PORT: 29500; on one: a free one)
@@ -21,7 +21,7 @@ evaluate() {
     processes="${GPUS:-$((found > 0 ? found : 1))}"
     if [ -z "${CKPT:-}" ] && [ -z "$data" ]; then
         data=playground/toy/eval
-        [ -d "$data" ] || "$PYTHON" -m vica.toy.benchmarks --out "$data" || [ -d "$data" ] # another script was quicker
+        [ -d "$data" ] || "$PYTHON" -m vica.toy.benchmarks --out "$data" || [ -d "$data" ] # unless another script has drawn it meanwhile
     fi
     if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
         find_port
