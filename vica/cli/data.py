@@ -13,6 +13,7 @@ from ..data.check import Check, Summary
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
 from ..data.samples import open_samples
+from ..data.sources import where_images_from
 from ..loading import load_processor
 from ..plan.sizes import visual_tokens
 from ..plan.wiring import Wiring
@@ -91,8 +92,9 @@ def tell_broken(summary: Summary, report: str | None) -> None:
         lines = [json.dumps({"id": broken.id, "reason": broken.reason}) + "\n" for broken in summary.broken]
         Path(report).write_text("".join(lines))
     if summary.broken:
+        get = next((told for broken in summary.broken if (told := where_images_from(broken.reason))), "")
         more = "" if report or len(summary.broken) <= SHOWN else "; --report FILE lists all"
-        raise ViCAError(f"{len(summary.broken)} of {summary.samples} samples are broken{more}")
+        raise ViCAError(f"{len(summary.broken)} of {summary.samples} samples are broken{more}{get}")
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""ops.py on CUDA: Triton kernels for what lies between the large matrix products, which are cuBLAS's.
+"""layer_torch.py on CUDA: Triton kernels for what lies between the large matrix products, which are cuBLAS's.
 
 Each does a whole step of a layer in one pass over its data: norms, rotary with the K/V's way to their slots, attention
 over slots and over images, the gate. Few rows are multiplied by kernels of their own, which read weights at nearly the
