@@ -27,7 +27,7 @@ from tests.engines import (
     seeing_model,
     small_engine,
 )  # fmt: skip
-from vica.engine import Request, inputs
+from vica.engine import Request, image_store
 from vica.engine.image_memory import FEATURES, ImageMemory
 from vica.utils import hashing
 
@@ -55,9 +55,9 @@ def test_pixels_go_when_there_are_features(variant):
     engine = counting(model, processor, max_batch=5)
     requests = [Request.ask(q, [picture()], max_new_tokens=50, ignore_eos=True) for q in QUESTIONS]
     for _ in engine.stream(requests):
-        if len(engine.scheduler.active) == 5:
-            images = [image for s in engine.scheduler.active for image in s.prepared.result().images]
-            assert all(image.pixels is None and image.features is None for image in images)
+        if engine.scheduler.running == 5:
+            running = engine.scheduler.flight.active
+            assert all(image.loaded.empty for s in running for image in s.prepared.result().images)
             break
     else:
         raise AssertionError("never all at once")
@@ -100,7 +100,7 @@ def test_the_prefix_is_computed_once(seeing):
     engine = counting(*seeing)
     rows = []
     prefill = engine.runner.prefill
-    engine.runner.prefill = lambda some: rows.append([(len(r.layout), r.held) for r in some]) or prefill(some)
+    engine.runner.prefill = lambda some: rows.append([(len(r.layout), r.shared) for r in some]) or prefill(some)
     for images in ([picture()], []):
         rows.clear()
         ask(engine, *((q, images) for q in QUESTIONS[:3]))
@@ -170,14 +170,14 @@ def test_a_file_that_changes_while_it_is_read(seeing, tmp_path):
     """What is kept under a content is that content."""
     engine, path = counting(*seeing), tmp_path / "a.png"
     path.write_bytes(png(picture(1)))
-    identify = engine.inputs._identify
+    get = engine.inputs.images.get
 
-    def identify_then_change(source):
-        found = identify(source)
+    def get_then_change(source):
+        content = get(source)
         path.write_bytes(png(picture(2)))
-        return found
+        return content
 
-    engine.inputs._identify = identify_then_change
+    engine.inputs.images.get = get_then_change
     ask(engine, ("What?", [path]))
     assert {key for key, _ in engine.image_memory.entries} == {hashing.digest(png(picture(2)))}
 
@@ -185,9 +185,9 @@ def test_a_file_that_changes_while_it_is_read(seeing, tmp_path):
 def test_a_known_file_is_not_read_again(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     os.utime(tmp_path / "a", ns=(1, 1))
-    first = inputs.digest_file(str(tmp_path / "a"))
+    first = image_store.digest_file(str(tmp_path / "a"))
     monkeypatch.setattr("builtins.open", None)
-    assert inputs.digest_file(str(tmp_path / "a")) == first == hashing.digest(b"content")
+    assert image_store.digest_file(str(tmp_path / "a")) == first == hashing.digest(b"content")
 
 
 def test_the_same_numbers_are_not_the_same_picture(seeing):
@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_opened(seeing, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(inputs, "digest_file", refuse)
+    monkeypatch.setattr(image_store, "digest_file", refuse)
     monkeypatch.setattr(Image, "open", refuse)
     (result,) = small_engine(seeing[0], processor=seeing[1]).generate([Request.ask("What?", [tmp_path / "a.png"])])
     assert result.error == f"image {str(tmp_path / 'a.png')!r}: cannot be read ([Errno 13] Permission denied)"

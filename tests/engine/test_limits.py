@@ -168,15 +168,15 @@ def test_the_same_content_elsewhere(tmp_path):
         picture().save(tmp_path / name, "png")
     for name in ("bad-a", "bad-b"):
         (tmp_path / name).write_text("no picture")
-    identify = engine.inputs._identify
+    get = engine.inputs.images.get
 
-    def identify_then_lose(source):
-        found = identify(source)
+    def get_then_lose(source):
+        content = get(source)
         if source.name == "good-a":
             source.unlink()
-        return found
+        return content
 
-    engine.inputs._identify = identify_then_lose
+    engine.inputs.images.get = get_then_lose
     names = ["good-a", "good-b", "bad-a", "bad-b"]
     lost, kept, *bad = engine.generate([Request.ask("What?", [tmp_path / x], max_new_tokens=3) for x in names])
     assert "good-a': no such file" in lost.error and kept.error is None
@@ -296,7 +296,7 @@ def test_prefixes_in_use_make_no_room(model):
         assert engine.generate([last])[0].tokens == alone(model, last)
     list(stream)
     assert long.result.tokens == alone(model, long)
-    assert [len(p.slots) for p in engine.runner.pool.prefixes.values()] == [30]
+    assert [len(p.kv_index) for p in engine.runner.pool.prefixes.values()] == [30]
 
 
 # --- nothing grows ---
@@ -325,7 +325,7 @@ def test_two_thousand_requests_leave_nothing(model):
         """The number of Python's objects, tensors among them, that are there afterwards."""
         nonlocal most_ahead
         for n, (request, _) in enumerate(engine.stream(lazily(count))):
-            most_ahead = max(most_ahead, len(engine.scheduler.waiting))
+            most_ahead = max(most_ahead, engine.scheduler.waiting)
             if n % 97 == 0:
                 engine.cancel(request)
         del request
@@ -335,7 +335,7 @@ def test_two_thousand_requests_leave_nothing(model):
     before = run(300)
     grown = run(1700) - before
     assert given == 2000 and most_ahead <= 32 and most_alive < 100
-    assert not alive and not engine.inputs.waiting
+    assert not alive and not len(engine.inputs.images)
     assert grown < 200
     assert_idle(engine)
 
@@ -344,16 +344,16 @@ def test_an_interrupt_while_requests_enter_loses_nothing(monkeypatch):
     """The first has its lane already when the second's turn is interrupted."""
     model = tiny_model()
     engine = small_engine(model)
-    hold = engine.scheduler._hold
+    hold = engine.scheduler.admission.hold_content
 
-    def interrupted(image, source):
+    def interrupted(image):
         if interrupted.turns == 1:
             raise KeyboardInterrupt
         interrupted.turns += 1
-        return hold(image, source)
+        return hold(image)
 
     interrupted.turns = 0
-    monkeypatch.setattr(engine.scheduler, "_hold", interrupted)
+    monkeypatch.setattr(engine.scheduler.admission, "hold_content", interrupted)
     asked = [request_of([3, ("image", n), 4], max_new_tokens=3) for n in (1, 2)]
     with pytest.raises(KeyboardInterrupt):
         engine.generate(asked)

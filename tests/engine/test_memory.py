@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import tiny_model
 from tests.engines import alone, assert_idle, request_of, small_engine, watched
-from vica.engine import Request, budget, runner, scheduler
+from vica.engine import Request, admission, budget, runner
 from vica.engine.budget import Limits, out_of_memory
 from vica.engine.graphs import Graphs
 
@@ -23,7 +23,7 @@ def short(engine, name: str, when, error=None) -> list[int]:
     work, sizes = getattr(engine.runner, name), []
 
     def maybe(first, *rest):
-        sizes.append(len(first.rows if name == "decode" else first))
+        sizes.append(len(first.prompts if name == "decode" else first))
         if when(sizes[-1], len(sizes)):
             raise torch.OutOfMemoryError("CUDA out of memory") if error is None else error()
         return work(first, *rest)
@@ -94,7 +94,7 @@ def test_other_words_for_short_memory(model, many_want, whose):
 def test_a_failed_pass_is_gone_when_memory_is_freed(model, name):
     """The error that tells of it holds its tensors."""
     engine, tensors, gone = small_engine(model), [], []
-    work, free = getattr(engine.runner, name), engine.scheduler._free_memory
+    work, free = getattr(engine.runner, name), engine.scheduler.recovery.free_memory
 
     def once(*arguments):
         activations = torch.zeros(3)
@@ -104,7 +104,7 @@ def test_a_failed_pass_is_gone_when_memory_is_freed(model, name):
         return work(*arguments)
 
     setattr(engine.runner, name, once)
-    engine.scheduler._free_memory = lambda: gone.append(tensors[0]() is None) or free()
+    engine.scheduler.recovery.free_memory = lambda: gone.append(tensors[0]() is None) or free()
     engine.generate(many()[:2])
     assert gone == [True]
 
@@ -184,8 +184,8 @@ def test_memory_that_is_never_enough(model, many_want, name):
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_what_memory_has_limited_grows_back(model, many_want, monkeypatch, name):
-    monkeypatch.setattr(budget, "CALM", 4)
-    monkeypatch.setattr(scheduler, "PATIENCE", 5)  # all are there when the first enter
+    monkeypatch.setattr(budget, "STEPS_BEFORE_RETRY", 4)
+    monkeypatch.setattr(admission, "BATCHING_DELAY", 5)  # all are there when the first enter
     engine = watched(small_engine(model, max_batch=8))
     sizes = short(engine, name, lambda _, n: n <= 2)
     for _ in range(2):
@@ -201,19 +201,19 @@ def test_what_does_not_fit_is_not_tried_for_ever():
             limits.lower(limits.requests // 2)
             failures += 1
         else:
-            limits.a_pass_went_well()
-    assert failures < 20 and limits.rows == 8192 and limits.requests >= 50
+            limits.record_success()
+    assert failures < 20 and limits.tokens == 8192 and limits.requests >= 50
 
 
 def test_one_that_fits_only_when_others_have_left(model, many_want, monkeypatch):
     """It is not tried again with every token of theirs, and answered in the end."""
-    monkeypatch.setattr(scheduler, "PATIENCE", 0)
+    monkeypatch.setattr(admission, "BATCHING_DELAY", 0)
     engine, beside = watched(small_engine(model, max_batch=8)), []
     prefill = engine.runner.prefill
 
     def crowded(rows):
         if any(len(row.layout) == 60 for row in rows):
-            beside.append(len(engine.scheduler.active) + len(rows) - 1)
+            beside.append(engine.scheduler.running + len(rows) - 1)
             if beside[-1] > 1:
                 raise torch.OutOfMemoryError
         return prefill(rows)

@@ -203,7 +203,7 @@ def test_cancelled(endless, want):
     cancelled = []
     for number, (request, _) in enumerate(engine.stream(requests)):
         if number == 3:
-            cancelled = [request, engine.scheduler.waiting[-1].request]
+            cancelled = [request, engine.scheduler.admission.waiting[-1].request]
         if number == 8:
             cancelled.append(request)
         if number in (3, 8):
@@ -324,7 +324,7 @@ def test_a_stream_that_is_closed_within_a_step(endless, want, run):
     engine, left = watched(small_engine(endless)), asked()
     stream = engine.stream(left)
     next(stream)
-    once_within(engine.scheduler, "_take_slots", lambda: run(stream.close))
+    once_within(engine.runner.pool, "take", lambda: run(stream.close))
     assert_good_as_new(engine, want)
 
 

@@ -9,6 +9,7 @@ import torch
 from ..engine import Engine, Request
 from ..engine.image_memory import FEATURES
 from ..plan.config import ViCAConfig
+from ..plan.layer import updates_visual
 from ..plan.sizes import kv_bytes, visual_tokens
 from ..utils.table import table
 from .clock import Timing, failures_noted, progress
@@ -92,7 +93,7 @@ class Counted:
     def together(self, held: Held) -> int:
         """The prefix once, each image once (dense: once a request), each request's text and the answer it may give."""
         of_visual, of_row = kv_bytes(self.config, self.itemsize)
-        images = held.requests if self.config.plan[0].updates else held.number_of_images
+        images = held.requests if updates_visual(self.config.plan) else held.number_of_images
         rows = self.shape.prefix + held.requests * (self.shape.text + self.shape.answer - 1)
         return rows * of_row + images * self.shape.visual * of_visual
 
@@ -117,8 +118,8 @@ def held_by(engine: Engine, of_row: int) -> Held:
     entries, pool = engine.image_memory.entries.values(), engine.runner.pool
     images = [e for e in entries if e.start != FEATURES and e.users]
     return Held(
-        len(engine.scheduler.active),
-        (pool.slots - pool.free) * of_row,
+        engine.scheduler.running,
+        (pool.size - pool.free) * of_row,
         sum(e.bytes for e in images),
         len(images),
         sum(e.bytes for e in entries if e.start == FEATURES),
