@@ -113,7 +113,7 @@ def test_attention(ops, with_images, frozen, splits, dtype):
 @pytest.mark.parametrize("variant", ["accel", "dense"])
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 @torch.inference_mode()
-def test_float32_tokens_are_generates(variant, cuda_graphs):
+def test_float32_tokens_equal_generate(variant, cuda_graphs):
     """Three times the same, as a captured pass runs plainly first, then is captured, then replayed."""
     model = tiny_model(variant=variant, text_config=dict(max_position_embeddings=256)).cuda()
     rows = [Row((3, image(5), 4)), Row((9,), 1), Row((image(7), 2, image(3), 3), 2), Row((3, image(5), 6), 3)] * 3

@@ -49,7 +49,7 @@ def test_one_image_and_many_questions(seeing):
 
 
 @pytest.mark.parametrize("variant", ["accel", "dense"])
-def test_pixels_go_when_there_are_features(variant):
+def test_pixels_are_freed_once_features_exist(variant):
     """Also those of requests that found their image computed already."""
     model, processor = seeing_model(variant=variant)
     engine = counting(model, processor, max_batch=5)
@@ -63,7 +63,7 @@ def test_pixels_go_when_there_are_features(variant):
         raise AssertionError("never all at once")
 
 
-def test_other_places_need_no_tower(seeing):
+def test_other_positions_need_no_tower(seeing):
     """K/V stand at a position; features do not."""
     engine = counting(*seeing)
     image, other = picture(0), picture(1)
@@ -86,7 +86,7 @@ def test_dense_keeps_features(seeing):
 
 
 @pytest.mark.parametrize("variant", ["accel", "dense"])
-def test_nothing_is_kept_that_should_not_be(variant):
+def test_nothing_is_kept_when_keeping_is_off(variant):
     engine = counting(*seeing_model(variant=variant), keep_images=False, keep_prefix=False)
     for _ in range(2):
         ask(engine, *((q, [picture()]) for q in QUESTIONS[:4]), max_new_tokens=8)
@@ -95,7 +95,7 @@ def test_nothing_is_kept_that_should_not_be(variant):
     assert_idle(engine)
 
 
-def test_the_prefix_is_computed_once(seeing):
+def test_a_shared_prefix_is_computed_once(seeing):
     """All prompts of a template share its first rows, with a picture or without."""
     engine = counting(*seeing)
     rows = []
@@ -111,7 +111,7 @@ def test_the_prefix_is_computed_once(seeing):
 
 
 @pytest.mark.parametrize("variant, rule", [("accel", True), ("accel", 1), ("dense", True)])
-def test_a_prefix_before_an_image_is_not_one_before_words(variant, rule):
+def test_prefixes_before_images_and_before_text_are_not_shared(variant, rule):
     """It is frozen, where text alone is plain Llama: rows of the same tokens, but other K/V."""
     model, processor = seeing_model(variant=variant, freeze_prefix=rule)
     engine = counting(model, processor)
@@ -125,7 +125,7 @@ def test_a_prefix_before_an_image_is_not_one_before_words(variant, rule):
     assert len(engine.runner.pool.prefixes) == 2
 
 
-# --- what is the same image ---
+# --- when two sources are the same image ---
 
 
 def png(image) -> bytes:
@@ -134,7 +134,7 @@ def png(image) -> bytes:
     return buffer.getvalue()
 
 
-def test_content_decides(seeing, tmp_path):
+def test_the_same_content_is_one_image(seeing, tmp_path):
     """The same bytes, wherever they lie, are one image; the same pixels are one too."""
     engine = counting(*seeing)
     content = png(picture())
@@ -190,7 +190,7 @@ def test_a_known_file_is_not_read_again(tmp_path, monkeypatch):
     assert image_store.digest_file(str(tmp_path / "a")) == first == hashing.digest(b"content")
 
 
-def test_the_same_numbers_are_not_the_same_picture(seeing):
+def test_the_same_bytes_in_another_palette_or_shape_are_another_image(seeing):
     """Of another palette, or of another shape."""
     engine = counting(*seeing)
     gray = picture().convert("L")
@@ -209,7 +209,7 @@ def test_open_files_and_urls_are_read_once(seeing):
     assert result.tokens == answer(seeing[0], seeing[1].ask("What?", [picture()]), 3)
 
 
-def test_features_that_their_owner_changes(seeing):
+def test_changing_given_features_changes_no_stored_ones(seeing):
     """What is kept under a content is that content."""
     for variant in ("accel", "dense"):
         model, _ = seeing_model(variant=variant)
@@ -254,7 +254,7 @@ def test_every_value_and_place_counts(dtype, monkeypatch):
 # --- the limit ---
 
 
-def test_the_longest_unused_goes_first(seeing):
+def test_the_least_recently_used_entry_is_evicted_first(seeing):
     engine = counting(*seeing, image_memory_bytes=3 * (KV + FEATURE))
     for seed in (0, 1, 2, 0):
         ask(engine, ("What?", [picture(seed)]))
@@ -271,7 +271,7 @@ def test_the_longest_unused_goes_first(seeing):
     assert_idle(engine)
 
 
-def test_what_is_in_use_stays(seeing):
+def test_entries_in_use_are_not_evicted(seeing):
     """A stream that has begun keeps its image, while others come and go in what room is left."""
     engine = counting(*seeing, image_memory_bytes=2 * KV)
     first = Request.ask("What?", [picture(0)], max_new_tokens=400, ignore_eos=True)

@@ -65,16 +65,18 @@ def assert_answer(seeing, request: Request, images) -> None:
     assert request.result.tokens == want
 
 
-def results_at_each_prefill(engine, requests) -> list[int]:
-    """Returns a list to which each prefill adds the number of requests that have their result by then."""
-    prefill, answered = engine.runner.prefill, []
+def seen_by_prefills(engine, requests) -> list[tuple[int, bool]]:
+    """Returns a list to which each prefill adds how many requests have their result by then, and whether a pass is
+    still in flight."""
+    prefill, seen = engine.runner.prefill, []
 
-    def counted(prompts):
-        answered.append(sum(request.result is not None for request in requests))
+    def watched(prompts):
+        answered = sum(request.result is not None for request in requests)
+        seen.append((answered, bool(engine.scheduler.flight.passes)))
         return prefill(prompts)
 
-    engine.runner.prefill = counted
-    return answered
+    engine.runner.prefill = watched
+    return seen
 
 
 # --- preparation ---
@@ -89,10 +91,10 @@ def test_a_batch_that_becomes_ready_one_by_one_is_looked_at_rarely(model, monkey
     engine.inputs.prepare = lambda request: (time.sleep(0.001), prepare(request))[1]
     arrivals.wait = lambda *arguments: (sleeps.append(arguments), sleep(*arguments))[1]
     requests = short_answers(24, 1)
-    batches = results_at_each_prefill(engine, requests)
+    seen = seen_by_prefills(engine, requests)
     engine.generate(requests)
     assert [r.result.tokens for r in requests] == [alone(model, r) for r in requests]
-    assert batches == [0] and len(sleeps) <= 5
+    assert seen == [(0, False)] and len(sleeps) <= 5
 
 
 def test_arrivals_wake_a_waiting_thread_once():
@@ -191,10 +193,10 @@ def test_the_next_batch_enters_before_the_last_one_is_read(model, tokens):
     flight, before any answer of the first batch is there."""
     engine = all_prepared(small_engine(model, max_batch=4))
     requests = short_answers(8, tokens)
-    answered = results_at_each_prefill(engine, requests)
+    seen = seen_by_prefills(engine, requests)
     engine.generate(requests)
     assert [r.result.tokens for r in requests] == [alone(model, r) for r in requests]
-    assert answered == [0, 0]
+    assert seen == [(0, False), (0, True)]
     assert_idle(engine)
 
 
@@ -205,13 +207,13 @@ def test_a_late_request_joins_the_next_prefill(seeing, monkeypatch):
     engine = small_engine(seeing[0], processor=seeing[1], max_batch=2, workers=4)
     slow = [SlowFile(2), SlowFile(3)]
     requests = [question([picture(n)], tokens=2) for n in range(2)] + [question([file], tokens=2) for file in slow]
-    answered = results_at_each_prefill(engine, requests)
+    seen = seen_by_prefills(engine, requests)
     for number, _ in enumerate(engine.stream(requests)):
         if number == 0:
             for file in slow:
                 file.arrived.set()
             wait([sequence.prepared for sequence in engine.scheduler.admission.waiting], 60)
-    assert answered == [0, 0]
+    assert seen == [(0, False), (0, True)]
     for n, request in enumerate(requests):
         assert_answer(seeing, request, [picture(n)])
 
