@@ -167,7 +167,7 @@ def test_a_file_that_changes_is_another_image(seeing, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(seeing, tmp_path):
-    """What is kept under a content is that content."""
+    """An entry holds the content that its key stands for."""
     engine, path = counting(*seeing), tmp_path / "a.png"
     path.write_bytes(png(picture(1)))
     get = engine.inputs.images.get
@@ -191,7 +191,7 @@ def test_a_known_file_is_not_read_again(tmp_path, monkeypatch):
 
 
 def test_the_same_bytes_in_another_palette_or_shape_are_another_image(seeing):
-    """Of another palette, or of another shape."""
+    """Neither with another palette nor in another shape."""
     engine = counting(*seeing)
     gray = picture().convert("L")
     one, other = gray.convert("P"), gray.convert("P")
@@ -210,7 +210,7 @@ def test_open_files_and_urls_are_read_once(seeing):
 
 
 def test_changing_given_features_changes_no_stored_ones(seeing):
-    """What is kept under a content is that content."""
+    """An entry holds the content that its key stands for."""
     for variant in ("accel", "dense"):
         model, _ = seeing_model(variant=variant)
         engine, mine = small_engine(model), features(3).clone()

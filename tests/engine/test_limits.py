@@ -287,7 +287,7 @@ def test_idle_prefixes_are_evicted_for_requests(model):
 
 
 def test_prefixes_in_use_are_not_evicted(model):
-    """Of an older one that is in use and a younger one that is idle, the idle one goes."""
+    """Evicts the idle one of an older prefix in use and a younger idle one."""
     engine = all_prepared(watched(small_engine(model, kv_bytes=512 * 140)))
     long = request_of([30, ("image", 1), 3], 0, max_new_tokens=60, ignore_eos=True)  # outlasts the others
     stream = engine.stream([long])

@@ -194,7 +194,7 @@ def test_limits_grow_back_after_short_memory(model, many_want, monkeypatch, name
 
 
 def test_attempts_that_fail_become_rarer():
-    """Of 256 requests 100 fit: that is found out less and less often."""
+    """100 of 256 requests fit; the engine tries more less and less often."""
     limits, failures = Limits(256, 8192), 0
     for _ in range(100_000):
         if limits.requests > 100:

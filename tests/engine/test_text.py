@@ -198,7 +198,7 @@ def test_first_tokens_come_before_last_ones(endless):
 
 
 def test_cancelled(endless, want):
-    """One that runs, one that waits, and later one that runs. Which ones these are depends on what is prepared first."""
+    """One that runs, one that waits, and later one that runs; which ones depends on the order of preparation."""
     engine, requests = watched(small_engine(endless, max_batch=3)), asked()
     cancelled = []
     for number, (request, _) in enumerate(engine.stream(requests)):

@@ -155,7 +155,7 @@ def test_a_request_prepared_just_after_a_look_is_noticed(model):
 
 
 def test_late_requests_are_answered_one_by_one(seeing):
-    """Of four requests two are late, and the last is only read once the other late one is answered."""
+    """Two of four requests are late, and the last is only read once the other late one is answered."""
     engine = small_engine(seeing[0], processor=seeing[1], workers=4)
     slow = {2: SlowFile(2), 3: SlowFile(3)}
     requests = [question([slow.get(n, picture(n))]) for n in range(4)]

@@ -119,9 +119,9 @@ class Admission:
         RUNNING. The list is the caller's, so that it knows them even after an interrupt."""
         tokens = 0
         for sequence in chosen:
-            error = sequence.prepared.exception()  # raising it here would make its traceback hold the sequence
-            if error is not None:
-                self.fail(sequence, error)
+            failure = sequence.prepared.exception()  # raising it here would make its traceback hold the sequence
+            if failure is not None:
+                self.fail(sequence, failure)
                 continue
             try:
                 layout = sequence.prepared.result().layout.continued(sequence.tokens)

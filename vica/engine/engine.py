@@ -67,7 +67,8 @@ class Engine:
         workers: int | None = None,
     ) -> None:
         check_model(model)
-        self.model, self.processor, self.config = model.eval(), processor, model.config
+        self.config: Any = model.config
+        self.model, self.processor = model.eval(), processor
         check_plain(model.lm_head)
         budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)
         with torch.inference_mode(False), torch.no_grad():

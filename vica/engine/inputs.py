@@ -128,7 +128,7 @@ class Inputs:
             return []
         template = get_template(self.processor.conversation)
         one, other = (self.processor.tokenize(template.render([("user", x)])) for x in ("Yes", "a"))
-        return os.path.commonprefix([one, other])
+        return list(os.path.commonprefix([one, other]))
 
 
 def pixel_maker(config: ViCAConfig, processor: ViCAProcessor | None) -> Callable[[Any], np.ndarray] | None:

@@ -49,10 +49,9 @@ class Request:
 
     def check(self) -> None:
         """Raises ViCAError for settings that cannot be followed."""
-        whole = {"max_new_tokens": (self.max_new_tokens, 1), "top_k": (self.top_k, 0)}
-        for name, (value, least) in whole.items():
-            if not is_whole(value) or value < least:
-                raise ViCAError(f"{name} is {shorten(value)}; it must be a whole number from {least}")
+        for name, number, least in (("max_new_tokens", self.max_new_tokens, 1), ("top_k", self.top_k, 0)):
+            if not is_whole(number) or number < least:
+                raise ViCAError(f"{name} is {shorten(number)}; it must be a whole number from {least}")
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature <= MAX_TEMPERATURE):
             value = shorten(self.temperature)
             raise ViCAError(f"temperature is {value}; it must be a number from 0 to {MAX_TEMPERATURE:g}")
@@ -75,7 +74,7 @@ class Token(int):
 
     text: str
 
-    def __new__(cls, value: int, text: str = ""):
+    def __new__(cls, value: int, text: str = "") -> "Token":
         token = super().__new__(cls, value)
         token.text = text
         return token

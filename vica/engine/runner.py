@@ -61,8 +61,8 @@ class Runner:
         """Returns what a running request holds of an image of so many tokens: K/V, or in dense features."""
         text, layers = self.model.config.text_config, len(self.decoder.image_layers)
         kv = 2 * text.num_key_value_heads * text.head_dim * layers
-        values: int = tokens * (kv if self.images_are_kv else text.hidden_size)
-        return values * self.dtype.itemsize
+        values_each: int = kv if self.images_are_kv else text.hidden_size
+        return tokens * values_each * self.dtype.itemsize
 
     def encode(self, pixels: np.ndarray) -> list[torch.Tensor]:
         """Returns the features of each image of [n, 3, H, W], [tokens, width]."""

@@ -40,7 +40,8 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        scale: float = self.head_dim**-0.5
+        return scale
 
 
 class TorchOps:
@@ -77,7 +78,8 @@ class TorchOps:
     ) -> torch.Tensor:
         """Returns act(gate) * up of the normed rows; `weight` holds [gate; up]."""
         gate, up = self.norm_linear(x, norm, weight, bias).chunk(2, -1)
-        return self.act(gate) * up
+        gated: torch.Tensor = self.act(gate) * up
+        return gated
 
     def rope_store(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_index: torch.Tensor, pool: torch.Tensor

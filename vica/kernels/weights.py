@@ -64,7 +64,7 @@ def fuse(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, _fuse_parameters([linear.bias for linear in linears])
 
 
-def _fuse_parameters(parts: list[nn.Parameter]) -> torch.Tensor:
+def _fuse_parameters(parts: list[torch.Tensor]) -> torch.Tensor:
     if (whole := _already_fused(parts)) is not None:
         return whole
     whole = torch.cat([part.data for part in parts])
@@ -73,7 +73,7 @@ def _fuse_parameters(parts: list[nn.Parameter]) -> torch.Tensor:
     return whole
 
 
-def _already_fused(parts: list[nn.Parameter]) -> torch.Tensor | None:
+def _already_fused(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """Returns the fused parameter if the parts lie side by side in one storage, as a second engine on the same model
     finds them."""
     first, rows = parts[0].data, sum(len(part) for part in parts)

@@ -71,7 +71,8 @@ class ImageArrays:
 
     def on_device(self, tensors: Mapping[str, torch.Tensor]) -> ImageWork:
         """Returns the work, of tensors that hold `arrays` on the device."""
-        return ImageWork(*(tensors[name] for name in ("items", "rows", "starts", "parts")), self.kvs, self.block)
+        t = tensors
+        return ImageWork(t["items"], t["rows"], t["starts"], t["parts"], self.kvs, self.block)
 
 
 def block_of(counts: np.ndarray) -> int:
