@@ -25,6 +25,7 @@ from ..data.processor import ViCAProcessor
 from ..kernels.weights import check_plain
 from ..model.generation import PLAIN
 from ..model.llava import ViCAForConditionalGeneration
+from ..plan.config import ViCAConfig
 from ..plan.layer import is_uniform
 from ..plan.sizes import visual_tokens
 from ..utils.errors import ViCAError
@@ -67,8 +68,8 @@ class Engine:
         workers: int | None = None,
     ) -> None:
         check_model(model)
-        self.config: Any = model.config
-        self.model, self.processor = model.eval(), processor
+        assert isinstance(model.config, ViCAConfig)
+        self.model, self.processor, self.config = model.eval(), processor, model.config
         check_plain(model.lm_head)
         budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)
         with torch.inference_mode(False), torch.no_grad():
@@ -115,7 +116,8 @@ class Engine:
         """Compiles and captures what the first batches of these sizes, with prompts of so many text tokens, would wait
         for. Returns the seconds it took. The text is shorter where the model's window is, and there are fewer images
         where the image memory has no room for more beside its entries."""
-        start, vision = time.perf_counter(), self.config.vision_config
+        start = time.perf_counter()
+        vision: Any = self.config.vision_config
         for size in (min(size, self.max_batch) for size in batches):
             for _ in range(3):  # a captured pass runs uncaptured first, then it is captured, then replayed
                 before = set(self.image_memory.entries)

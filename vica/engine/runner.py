@@ -35,7 +35,9 @@ class Runner:
 
     def __init__(self, model: Any, max_batch: int, kv_tokens: int, cuda_graphs: bool) -> None:
         self.model, config = model, model.config
-        text, self.device, self.dtype = config.text_config, model.device, model.dtype
+        text = config.text_config
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
         self.images_are_kv = not updates_visual(config.plan)
         self.freezes_prefix = any(not p.prefix_attends for p in config.plan)
         self.width = text.max_position_embeddings
