@@ -104,6 +104,11 @@ def is_uniform(plan: Sequence[LayerPlan]) -> bool:
     return len(frozen) == 1 and all(layer.drop is None and (layer.reads or not layer.updates) for layer in plan)
 
 
+def updates_visual(plan: Sequence[LayerPlan]) -> bool:
+    """Whether any layer makes visual tokens hidden states. Where none does, they are K/V beside the text."""
+    return any(layer.updates for layer in plan)
+
+
 def drops_before(plan: Sequence[LayerPlan]) -> list[int]:
     """Returns each layer's segment: how many drops stand before it. Layers of a segment hold the same tokens."""
     segments, count = [], 0
