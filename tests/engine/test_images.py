@@ -222,6 +222,17 @@ def test_changing_given_features_changes_no_stored_ones(seeing):
         assert engine.image_memory.misses == 2
 
 
+def test_changing_given_bytes_changes_no_content(seeing):
+    """A bytearray belongs to the caller, who may change it before the image is loaded."""
+    store = small_engine(seeing[0], processor=seeing[1]).inputs.images
+    mine = bytearray(png(picture(1)))
+    content = store.get(mine)
+    mine[:] = png(picture(2))
+    store.load(content)
+    (want,) = seeing[1].process_images([picture(1)])
+    assert content.key == hashing.digest(png(picture(1))) and np.array_equal(content.loaded.pixels, want)
+
+
 def test_a_file_that_cannot_be_opened(seeing, tmp_path, monkeypatch):
     """load_image's own words, not a traceback."""
     picture().save(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""Admit requests: choose who enters next, take what a request holds while it runs, give it back.
+"""Admit requests: choose which enter next, take what a request holds while it runs, give it back.
 
 A request takes all the K/V indices it may ever need when it enters. A running request can therefore always go on, and a
 request without room waits.
