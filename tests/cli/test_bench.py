@@ -189,7 +189,7 @@ def test_kept_parts_are_not_computed(models, prompts, monkeypatch):
     columns, seen = columns_of(models, prompts), []
     image_kv, prefill = Runner.image_kv, Runner.prefill
     monkeypatch.setattr(Runner, "image_kv", lambda *a: seen.append(("images", len(a[1]))) or image_kv(*a))
-    monkeypatch.setattr(Runner, "prefill", lambda *a: seen.append(("held", *(r.held for r in a[1]))) or prefill(*a))
+    monkeypatch.setattr(Runner, "prefill", lambda *a: seen.append(("held", *(r.shared for r in a[1]))) or prefill(*a))
     work = {}
     for column in ("nothing", "prefix", "image"):
         job = columns.jobs("prefill", prompts)[column]()
@@ -207,9 +207,9 @@ def test_slots_are_returned(models, prompts):
     drive = columns_of(models, prompts).drive("dense")
     pool = drive.runner.pool
     drive.admit(prompts, prefix_kept=True)
-    assert pool.slots - pool.free == 5 + 3 * (5 + 16 + 4 + 3)
+    assert pool.size - pool.free == 5 + 3 * (5 + 16 + 4 + 3)
     drive.clear()
-    assert pool.free == pool.slots
+    assert pool.free == pool.size
 
 
 def test_too_many_tokens_are_out_of_memory(models, prompts):

@@ -240,6 +240,7 @@ def sqa_folder(folder):
         sqa.QUESTIONS: lines,
     }.items():
         (folder / name).write_text(json.dumps(content))
+    (folder / "images" / "test").mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -317,6 +318,9 @@ def test_sqa_lost_and_broken_files(tmp_path):
         (tmp_path / name).unlink()
         with pytest.raises(ViCAError, match=f"{name} is not there. .*{told}"):
             sqa.TASK.read(tmp_path, "test")
+    (sqa_folder(tmp_path) / "images" / "test").rmdir()
+    with pytest.raises(ViCAError, match="images/test is not there. Get it: wget .*test.zip && unzip"):
+        sqa.TASK.read(tmp_path, "test")
     for splits, problems, stray in (
         (["7"], ["7", "9"], "9"),
         (["7", "9", "11"], ["7", "9"], "11"),

@@ -77,6 +77,7 @@ def val_folder(folder, people=("red",) * 10):
     ]
     (folder / vqav2.VAL_QUESTIONS).write_text(json.dumps({"questions": questions}))
     (folder / vqav2.VAL_ANNOTATIONS).write_text(json.dumps({"annotations": annotations}))
+    (folder / "val2014").mkdir(exist_ok=True)
     return folder
 
 
@@ -117,6 +118,7 @@ def dev_folder(folder, whole=(5, 6, 30)):
     ]
     (folder / vqav2.TEST_DEV).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / vqav2.WHOLE_TEST).write_text("".join(json.dumps(dict(question_id=id)) + "\n" for id in whole))
+    (folder / "test2015").mkdir(exist_ok=True)
     return folder
 
 
@@ -172,6 +174,10 @@ def test_vqav2_lost_files(tmp_path, monkeypatch):
     # before gigabytes are downloaded from the hub
     with pytest.raises(ViCAError, match=f"{vqav2.WHOLE_TEST} is not there"):
         vqav2.TASK.read_hub("test-dev")
+    for folder, split, pictures in ((val_folder, "val", "val2014"), (dev_folder, "test-dev", "test2015")):
+        (folder(tmp_path) / pictures).rmdir()
+        with pytest.raises(ViCAError, match=rf"{pictures} is not there. Get it: wget .*/{pictures}.zip && unzip .* -d"):
+            vqav2.TASK.read(tmp_path, split)
     val_folder(tmp_path)
     (tmp_path / vqav2.VAL_ANNOTATIONS).write_text('{"annotations": []}')
     with pytest.raises(ViCAError, match="has no answers to question 7"):
@@ -193,6 +199,7 @@ def textvqa_folder(folder):
         dict(image_id="ffff", question_id=12, question="what is it?", answers=["car"] * 10),
     ]
     (folder / textvqa.ANNOTATIONS).write_text(json.dumps({"data": data}))
+    (folder / "train_images").mkdir(exist_ok=True)
     return folder
 
 
@@ -235,6 +242,9 @@ def test_textvqa_from_the_hub(tmp_path, monkeypatch):
 
 def test_textvqa_lost_files(tmp_path):
     with pytest.raises(ViCAError, match=rf"{textvqa.ANNOTATIONS} is not there. Get it: wget -P {tmp_path} https"):
+        textvqa.TASK.read(tmp_path, "val")
+    (textvqa_folder(tmp_path) / "train_images").rmdir()
+    with pytest.raises(ViCAError, match="train_images is not there. Get it: wget .*train_val_images.zip"):
         textvqa.TASK.read(tmp_path, "val")
     textvqa_folder(tmp_path)
     (tmp_path / textvqa.QUESTIONS).unlink()

@@ -1,6 +1,8 @@
 """Tests training data: samples, examples, batches, their order, and the report of skipped samples."""
 
 import json
+import re
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -20,9 +22,12 @@ from vica.data.labels import IGNORE
 from vica.data.processor import ViCAProcessor
 from vica.data.samples import open_samples
 from vica.data.skipped import Skipped
-from vica.data.training import Broken, Example, TrainingSet, TrainingStream, shuffled
+from vica.data.sources import SOURCES
+from vica.data.training import Broken, Example, TrainingSet, TrainingStream, check_folder, shuffled
 from vica.testing import save
 from vica.utils.errors import ViCAError
+
+ROOT = Path(__file__).parents[2]
 
 # ---- samples ----------------------------------------------------------------------------------------------------
 
@@ -370,3 +375,34 @@ def test_check_finds_all_samples_that_training_would_skip(tmp_path, folder, caps
     command = ["data", "check", str(data), "--image-folder", str(folder), "--workers", "0"]
     assert main([*command, "--model", str(tmp_path / "toy")]) == 1
     assert "broken: sur\\ud800: an image of 20000x1 is too long to be padded" in capsys.readouterr().out
+
+
+def test_missing_files_of_llava_are_named_with_where_they_come_from(tmp_path):
+    """The scripts' default files and folders; others are only named."""
+    with pytest.raises(ViCAError, match="hf download .* liuhaotian/LLaVA-Pretrain .* --local-dir .*/LLaVA-Pretrain"):
+        open_samples(tmp_path / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json")
+    with pytest.raises(ViCAError, match="LLaVA-Instruct-150K llava_v1_5_mix665k.json --local-dir"):
+        open_samples(tmp_path / "llava_v1_5_mix665k.json")
+    with pytest.raises(ViCAError, match="no such folder. LLaVA's images for stage 1: hf download .*images.zip"):
+        check_folder(tmp_path / "LLaVA-Pretrain" / "images")
+    with pytest.raises(ViCAError, match="NAME\\)$"):
+        open_samples(tmp_path / "mine.json")
+    skipped = Skipped(tmp_path / "skipped.jsonl", 0, 10)
+    for folder, part in (("vg/VG_100K", "images.zip"), ("vg/VG_100K_2", "images2.zip")):
+        reason = f"image '{tmp_path}/{folder}/1.jpg': no such file"
+        with pytest.raises(
+            ViCAError, match=f"no such file. Visual Genome's .*/{part} && unzip {part} -d {tmp_path}/vg"
+        ):
+            skipped.add(Broken("1", reason))
+    (tmp_path / "vg" / "VG_100K").mkdir(parents=True)  # there, if without this image: the folder is not to be fetched
+    with pytest.raises(ViCAError, match="VG_100K/1.jpg': no such file$"):
+        skipped.add(Broken("1", f"image '{tmp_path}/vg/VG_100K/1.jpg': no such file"))
+
+
+def test_scripts_expect_the_folders_that_messages_know():
+    """A default of a script that is renamed must be renamed in `SOURCES` too."""
+    scripts = "".join(path.read_text() for path in (ROOT / "scripts" / "v1_5").glob("*.sh"))
+    defaults = set(re.findall(r"\$\{(?:DATA|IMAGES):-playground/data/([^}]+)\}", scripts))
+    assert defaults and defaults <= SOURCES.keys()
+    documented = (ROOT / "docs" / "data.md").read_text()
+    assert all(end in documented for end in SOURCES)

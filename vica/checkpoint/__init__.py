@@ -1,0 +1,1 @@
+"""Files of checkpoints in three formats: reading, writing, rewriting, merging adapters."""

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint import files
+from ..checkpoint.source import Source
 from ..data.check import Check, Summary
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
 from ..data.samples import open_samples
+from ..data.sources import where_images_from
 from ..loading import load_processor
 from ..plan.sizes import visual_tokens
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.program import quiet_transformers
 from . import common
@@ -56,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
 def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     """The processor, and the positions that an image takes."""
     quiet_transformers()
-    folder = files.find_folder(model, weights=False)
-    config = files.read_config(folder, variant="dense")  # for which a checkpoint need not name its layers
-    processor = load_processor(folder, config)
+    source = Source.at(model, weights=False)
+    config = source.config(Wiring(variant="dense"))  # for which a checkpoint need not name its layers
+    processor = load_processor(source.folder, config)
     if processor is None:
         raise ViCAError(f"{model} holds no tokenizer")
     return processor, visual_tokens(config) or 1
@@ -90,8 +92,9 @@ def tell_broken(summary: Summary, report: str | None) -> None:
         lines = [json.dumps({"id": broken.id, "reason": broken.reason}) + "\n" for broken in summary.broken]
         Path(report).write_text("".join(lines))
     if summary.broken:
+        get = next((told for broken in summary.broken if (told := where_images_from(broken.reason))), "")
         more = "" if report or len(summary.broken) <= SHOWN else "; --report FILE lists all"
-        raise ViCAError(f"{len(summary.broken)} of {summary.samples} samples are broken{more}")
+        raise ViCAError(f"{len(summary.broken)} of {summary.samples} samples are broken{more}{get}")
 
 
 def printable(text: str) -> str:

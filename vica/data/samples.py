@@ -16,6 +16,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 from ..utils.errors import ViCAError
+from .sources import where_from
 
 HUB = "hub:"
 
@@ -73,7 +74,9 @@ def _open(path: str, streaming: bool):
         name, _, config = path.removeprefix(HUB).partition(":")
         return _open_table(path, streaming, name, config or None)
     if not os.path.exists(path):
-        raise ViCAError(f"{path}: no such file or folder (a data set of the hub is written {HUB}NAME)")
+        raise ViCAError(
+            f"{path}: no such file or folder (a data set of the hub is written {HUB}NAME){where_from(path)}"
+        )
     if kind == ".jsonl":
         return _Lines(path)
     if kind == ".json":

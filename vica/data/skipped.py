@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..utils.errors import ViCAError
+from .sources import where_images_from
 from .training import Broken, TrainingSet
 
 _ENOUGH = 1000  # samples to see before a share of them means anything
@@ -70,7 +71,7 @@ class Skipped:
         if count > self.limit_share * of and (self.total is not None or of >= _ENOUGH):
             raise ViCAError(
                 f"{count} of {of} samples are broken, more than the {self.limit_share:.2%} allowed; "
-                f"all are listed in {self.file}; the last: {last.id}: {last.reason}"
+                f"all are listed in {self.file}; the last: {last.id}: {last.reason}{where_images_from(last.reason)}"
             )
 
 

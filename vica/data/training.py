@@ -19,6 +19,7 @@ from .labels import encode, read_turns
 from .messages import shorten
 from .processor import ViCAProcessor
 from .samples import Samples, Stream
+from .sources import where_from
 from .tokenizer import IMAGE_MARK
 
 _PROBE = [{"from": "human", "value": f"{IMAGE_MARK}\nWhat?"}, {"from": "gpt", "value": "That."}]
@@ -148,7 +149,7 @@ def rank_and_world() -> tuple[int, int]:
 
 def check_folder(image_folder) -> None:
     if image_folder is not None and not os.path.isdir(image_folder):
-        raise ViCAError(f"--image-folder is {os.fspath(image_folder)!r}: no such folder")
+        raise ViCAError(f"--image-folder is {os.fspath(image_folder)!r}: no such folder{where_from(image_folder)}")
 
 
 def check_record(record: Mapping) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..utils.errors import ViCAError
-from .data import hub_rows, read_json, stored_images
+from .data import hub_rows, need, read_json, stored_images
 from .llava import OPTION_LETTER, eval_zip
 from .task import Answers, Question, Score, Task, check_answers, listed, percent
 
@@ -18,6 +18,9 @@ QUESTIONS = "llava_test_CQM-A.json"
 GET = (
     "Get it: wget -P {folder} https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/{file}"
     " (images: https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip)"
+)
+GET_PICTURES = (
+    "Get it: wget https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip && unzip test.zip -d {folder}/images"
 )
 LETTERS = ("A", "B", "C", "D", "E")
 PARTS: dict[str, Callable[[dict], bool]] = {  # as ScienceQA's authors report them
@@ -38,11 +41,14 @@ def read(folder: Path, split: str) -> list[Question]:
     lines = read_json(folder / QUESTIONS, eval_zip(folder))
     if strays := sorted(set(listing) ^ {line["id"] for line in lines}) or [id for id in listing if id not in problems]:
         raise ViCAError(f"the files in {folder} differ in their questions: {listed(strays)}")
+    pictures = folder / "images" / "test"
+    if any("image" in line for line in lines):
+        need(pictures, GET_PICTURES.format(folder=folder))
     return [
         Question(
             line["id"],
             line["conversations"][0]["value"].replace("<image>", "").strip() + OPTION_LETTER,
-            folder / "images" / "test" / line["image"] if "image" in line else None,
+            pictures / line["image"] if "image" in line else None,
             _gold(problems[line["id"]]),
         )
         for line in lines

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..utils.errors import ViCAError
-from .data import hub_rows, read_json, stored_image
+from .data import hub_rows, need, read_json, stored_image
 from .llava import SHORT_ANSWER, eval_zip, records
 from .task import Answers, Question, Score, Task, check_answers, percent
 from .vqa_text import textvqa_accuracy
@@ -13,6 +13,10 @@ REPOSITORY = "lmms-lab/textvqa"
 QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 GET_ANNOTATIONS = f"Get it: wget -P {{folder}} https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"
+GET_PICTURES = (
+    "Get it: wget https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
+    " && unzip train_val_images.zip -d {folder}"
+)
 OCR = "Reference OCR token: "
 
 
@@ -21,6 +25,7 @@ def read(folder: Path, split: str) -> list[Question]:
     annotated = {
         (one["image_id"], one["question"].lower()): one for one in read_json(folder / ANNOTATIONS, get)["data"]
     }
+    need(folder / "train_images", GET_PICTURES.format(folder=folder))
     # In this file question_id names the picture; only the words of the question tell which of its questions is meant.
     asked = records(folder / QUESTIONS, eval_zip(folder), "question_id", "text", "image")
     return [_question(folder, picture, text, image, annotated) for picture, text, image in asked]

@@ -24,6 +24,7 @@ GET_VAL = (
     "Get it: wget https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/{archive} && unzip {archive} -d {folder}"
     " (images: http://images.cocodataset.org/zips/val2014.zip)"
 )
+GET_PICTURES = "Get it: wget http://images.cocodataset.org/zips/{name}.zip && unzip {name}.zip -d {folder}"
 
 
 def read(folder: Path, split: str) -> list[Question]:
@@ -39,11 +40,12 @@ def _read_val(folder: Path) -> list[Question]:
     asked = read_json(folder / VAL_QUESTIONS, get_questions)["questions"]
     if strays := [one["question_id"] for one in asked if one["question_id"] not in annotations]:
         raise ViCAError(f"{folder / VAL_ANNOTATIONS} has no answers to question {strays[0]}")
+    pictures = _pictures(folder, "val2014")
     return [
         Question(
             one["question_id"],
             one["question"] + SHORT_ANSWER,
-            folder / "val2014" / f"COCO_val2014_{one['image_id']:012d}.jpg",
+            pictures / f"COCO_val2014_{one['image_id']:012d}.jpg",
             _gold(annotations[one["question_id"]]),
         )
         for one in asked
@@ -52,10 +54,15 @@ def _read_val(folder: Path) -> list[Question]:
 
 def _read_test_dev(folder: Path) -> list[Question]:
     need(folder / WHOLE_TEST, eval_zip(folder))  # fail now, not after hours of answers
+    pictures = _pictures(folder, "test2015")
     return [
-        Question(id, text, folder / "test2015" / image, {"whole_test": str(folder)})
+        Question(id, text, pictures / image, {"whole_test": str(folder)})
         for id, text, image in records(folder / TEST_DEV, eval_zip(folder), "question_id", "text", "image")
     ]
+
+
+def _pictures(folder: Path, name: str) -> Path:
+    return need(folder / name, GET_PICTURES.format(folder=folder, name=name))
 
 
 def read_hub(split: str) -> list[Question]:

@@ -1,0 +1,1 @@
+"""The model as other programs know it, such as lmms-eval."""

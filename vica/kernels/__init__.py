@@ -1,0 +1,1 @@
+"""Attention and the steps between matrix products, in torch and in Triton."""

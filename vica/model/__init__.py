@@ -1,0 +1,1 @@
+"""The network: positions and packs of tokens, two flows through the layers (mask, accel), cache, loss."""

@@ -5,13 +5,15 @@ A block owns the weights and their arithmetic. Which tokens meet them in a layer
 Shape legend: N tokens of a packed flow, B x L of a padded one, H heads, D head_dim.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..kernels.pointwise import MLP, RMSNorm, Rope, rotate
 from ..plan.config import TextConfig
-from .call import Flow, plain_run
+from .call import Flow, Run, plain_run
 
 
 class Rotary:
@@ -66,9 +68,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, visual: torch.Tensor | None, place, flow: Flow) -> tuple:
-        checkpointed = self.gradient_checkpointing and self.training
-        return flow.layer(self, x, visual, place, self._gradient_checkpointing_func if checkpointed else plain_run)
+    def forward(
+        self, x: torch.Tensor, visual: torch.Tensor | None, place: Any, flow: Flow
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        run: Run = plain_run
+        if self.gradient_checkpointing and self.training:
+            run = cast(Run, self._gradient_checkpointing_func)
+        return flow.layer(self, x, visual, place, run)
 
     def feed(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns `hidden` with its FFN update."""

@@ -7,6 +7,7 @@ length. Layers that hold the same tokens share their entries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,12 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 class KVLayer(DynamicLayer):
     """Keeps the first K/V as they are, where transformers' layer copies them onto an empty tensor."""
 
-    def update(self, key_states, value_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+    keys: torch.Tensor  # [B, G, S, D]
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
         self.lazy_initialization(key_states, value_states)
@@ -64,6 +70,8 @@ class KVLayer(DynamicLayer):
 class ViCACache(Cache):
     """Made by `forward` or `generate`; give it back with the next turn's tokens. `get_seq_length()` counts columns of
     input_ids (a placeholder is one), because generate slices by it."""
+
+    layers: list[KVLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[KVLayer() for _ in range(num_layers)])
@@ -140,7 +148,7 @@ class ViCACache(Cache):
         self.layers = [KVLayer() for _ in self.layers]
         self._forget()
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx.cpu().numpy())
 
@@ -152,7 +160,7 @@ class ViCACache(Cache):
         super().batch_repeat_interleave(repeats)
         self._select(np.repeat(np.arange(len(self.ids)), repeats))
 
-    def crop(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+    def crop(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a ViCA cache cannot be cut back: assisted generation is not supported")
 
     def _select(self, rows: np.ndarray) -> None:

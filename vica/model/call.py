@@ -79,6 +79,7 @@ class Packs(Generic[Place]):
     place: Place
 
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]
 # Runs a function under gradient checkpointing, or as it is.
 Run = Callable[..., Any]
 

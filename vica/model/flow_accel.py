@@ -21,7 +21,7 @@ from ..plan.layer import Drop, LayerPlan, drops_before
 from ..utils.errors import ViCAError
 from .backbone_llama import Block
 from .cache import CacheEntries
-from .call import Call, Packs, Run, among_ranks
+from .call import Call, KeysValues, Packs, Run, among_ranks
 from .layout import last_text_tokens
 from .packs import Packing, Segment, drop_counts, dropped, first_segment, renumbered, shifted
 from .scores import attention_rows, keep_highest
@@ -69,7 +69,9 @@ class AccelFlow:
 
     # --- one layer ---
 
-    def layer(self, block: Block, x: torch.Tensor, visual: torch.Tensor | None, place: Place, run: Run):
+    def layer(
+        self, block: Block, x: torch.Tensor, visual: torch.Tensor | None, place: Place, run: Run
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Place]:
         plan = self.call.plan[block.layer_idx]
         segment, joined, moved = place.segment, place.joined, None
         if joined and not (plan.updates and plan.drop is None):
@@ -93,7 +95,9 @@ class AccelFlow:
             self.attentions[key] = LayerAttention(self, segment, plan)
         return self.attentions[key]
 
-    def _frozen_kv(self, block: Block, plan: LayerPlan, visual: torch.Tensor | None, segment: Segment):
+    def _frozen_kv(
+        self, block: Block, plan: LayerPlan, visual: torch.Tensor | None, segment: Segment
+    ) -> KeysValues | tuple[()]:
         """Returns keys and values of the visual tokens that the layer reads, or nothing. They stay outside gradient
         checkpoints: they are small, and computing them twice costs as much as the text does."""
         if visual is None or not plan.reads_frozen or not (len(visual) or (block.training and among_ranks())):
@@ -116,16 +120,17 @@ class AccelFlow:
 
     # --- drops ---
 
-    def _drop(self, block: Block, drop: Drop, x: torch.Tensor, visual: torch.Tensor | None, place: Place):
+    def _drop(
+        self, block: Block, drop: Drop, x: torch.Tensor, visual: torch.Tensor | None, place: Place
+    ) -> tuple[torch.Tensor | None, Segment]:
         """Returns the visual pack and the segment behind the drop."""
         call, index = self.call, place.segment.index + 1
         segment = shifted(place.segment, call.closed_gaps[index] - call.closed_gaps[index - 1])
         counts = drop_counts(drop, segment)
         fewer = bool((counts != segment.visual_counts).any())
+        scores = place.scores
         if drop.rank == "own" and (fewer or (block.training and among_ranks())):
             scores = self._own_scores(block, x, x[:0] if visual is None else visual, segment)
-        else:
-            scores = place.scores
         if fewer and visual is not None:
             stays = None if drop.rank is None else self._staying(segment, scores, counts)
             visual = visual[:0] if stays is None else visual.index_select(0, stays)
@@ -152,7 +157,9 @@ class AccelFlow:
         layer = LayerAttention(self, segment, plan)
         text, rope = block.input_layernorm(x), self.rope(segment.text_pos, x.dtype)
         last = layer.last_text_rows
-        q = attention.queries(text.index_select(0, last), tuple(t.index_select(0, last) for t in rope))
+        q = attention.queries(
+            text.index_select(0, last), (rope[0].index_select(0, last), rope[1].index_select(0, last))
+        )
         k_visual = attention.keys(block.input_layernorm(visual), self.rope(segment.visual_pos, x.dtype))
         past, past_seen = self.stored_keys_before(block.layer_idx, segment)
         k = torch.cat([attention.keys(text, rope), k_visual])
@@ -222,7 +229,9 @@ class LayerAttention:
 
     # --- the two kinds of layer ---
 
-    def update_text(self, block: Block, x: torch.Tensor, *frozen: torch.Tensor):
+    def update_text(
+        self, block: Block, x: torch.Tensor, *frozen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the text pack after the layer, and scores where the next layer's drop wants them. `frozen`: keys and
         values of the visual tokens that text reads."""
         attention, normed = block.self_attn, block.input_layernorm(x)
@@ -233,14 +242,14 @@ class LayerAttention:
         held = self._store(block.layer_idx, k, v, joined=False)
         first, scores = self.first_query, None
         if first < len(x):  # else every token is a frozen prefix: its K/V are kept, nothing is updated
-            q = attention.queries(normed[first:], tuple(t[first:] for t in rope))
+            q = attention.queries(normed[first:], (rope[0][first:], rope[1][first:]))
             update = attention.o_proj(self._mix_text(q, k, v, held).flatten(1))
             if self._watched(block):
                 scores = self._watch(block, q[self.last_text_rows - first], k, held)
             x = torch.cat([x[:first], x[first:] + update]) if first else x + update
         return block.feed(x), scores
 
-    def update_joined(self, block: Block, x: torch.Tensor):
+    def update_joined(self, block: Block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns text and visual tokens after the layer, and scores where the next layer's drop wants them."""
         attention, normed = block.self_attn, block.input_layernorm(x)
         rope = self.flow.rope(self.segment.joined_pos, x.dtype)
@@ -254,7 +263,7 @@ class LayerAttention:
             scores = self._watch(block, q[rows], k.index_select(0, self.segment.from_joined), held)
         return block.feed(x + update), scores
 
-    def _store(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, joined: bool):
+    def _store(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, joined: bool) -> KeysValues | None:
         """Adds the call's K/V to the cache; returns all that the layer holds, [B, H, S, D]."""
         if self.call.cache is None:
             return None
@@ -269,9 +278,9 @@ class LayerAttention:
 
     # --- attention ---
 
-    def _mix_text(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held) -> torch.Tensor:
+    def _mix_text(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: KeysValues | None) -> torch.Tensor:
         """Returns attention of the text queries, [N, H, D]; `k`, `v`: rows of [text pack; visual pack]."""
-        if self._decodes:
+        if self._decodes and held is not None:
             return self._mix_single(q, *held)
         if not (self.plan.reads_frozen and self.segment.scattered):
             return self.call.kernel(q, *self._with_past(k, v, held), self._text_runs)
@@ -282,8 +291,8 @@ class LayerAttention:
         k, v = (x.index_select(0, self.segment.to_joined) for x in (k, v))
         return self.call.kernel(joined, *self._with_past(k, v, held), self._whole_runs).index_select(0, places)
 
-    def _mix_joined(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held) -> torch.Tensor:
-        if self._decodes:
+    def _mix_joined(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: KeysValues | None) -> torch.Tensor:
+        if self._decodes and held is not None:
             return self._mix_single(q, *held)
         if self.plan.text_reads or not len(self.segment.visual) and self.call.fresh:
             return self.call.kernel(q, *self._with_past(k, v, held), self._whole_runs)
@@ -292,9 +301,9 @@ class LayerAttention:
         q, k, v = (x.index_select(0, text) for x in (q, k, v))
         return whole.index_copy(0, text, self.call.kernel(q, *self._with_past(k, v, held), self._blind_runs))
 
-    def _with_past(self, k: torch.Tensor, v: torch.Tensor, held) -> tuple[torch.Tensor, torch.Tensor]:
+    def _with_past(self, k: torch.Tensor, v: torch.Tensor, held: KeysValues | None) -> KeysValues:
         """Returns keys and values behind those of earlier calls, whose [B, S] lie flat in front."""
-        if self.call.fresh:
+        if held is None or self.call.fresh:
             return k, v
         past = self.stored.past.pos.shape[1]
         k, v = (torch.cat([x[:, :, :past].transpose(1, 2).flatten(0, 1), y]) for x, y in zip(held, (k, v)))
@@ -336,7 +345,8 @@ class LayerAttention:
         segment, tokens = self.segment, self.segment.tokens
         query = np.where(tokens.visual, 0, 1 + tokens.prefix)
         is_key = np.ones(len(tokens), bool) if self.plan.reads_frozen else ~tokens.visual
-        prefix_runs, text_runs = [], []
+        prefix_runs: list[tuple[int, np.ndarray]] = []
+        text_runs: list[tuple[int, np.ndarray]] = []
         for b, past in enumerate(self._past_rows(self.plan.reads)):
             own = np.nonzero(is_key & (tokens.row == b))[0]
             lists = np.concatenate([past, self._own_start + segment.row_of[own]])
@@ -390,10 +400,10 @@ class LayerAttention:
         return self.call.ranks_by(block.layer_idx) or bool(self.call.watchers(block.layer_idx))
 
     @torch.no_grad()
-    def _watch(self, block: Block, q: torch.Tensor, k: torch.Tensor, held) -> torch.Tensor | None:
+    def _watch(self, block: Block, q: torch.Tensor, k: torch.Tensor, held: KeysValues | None) -> torch.Tensor | None:
         """Shows the layer's attention to its taps; returns the scores that the next layer's drop ranks by, if any."""
         past, past_seen = None, np.zeros((self.call.tokens.batch, 0), bool)
-        if not self.call.fresh:
+        if held is not None and not self.call.fresh:
             past_seen = self.stored.past.readable(self.plan.reads)
             past = held[0][:, :, : past_seen.shape[1]].transpose(1, 2)
         weights = self.attention_of_last(q, k, past, past_seen)
@@ -409,7 +419,9 @@ class LayerAttention:
         visual = self.segment.visual_padded
         return visual if self.plan.reads else visual[:, :0]
 
-    def attention_of_last(self, q: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None, past_seen: np.ndarray):
+    def attention_of_last(
+        self, q: torch.Tensor, k: torch.Tensor, past: torch.Tensor | None, past_seen: np.ndarray
+    ) -> torch.Tensor:
         """Returns the attention of each sequence's last text token, [B, H, S]: keys of earlier calls come first, then
         visual tokens, then text.
 

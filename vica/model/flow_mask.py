@@ -25,7 +25,9 @@ from .layout import Tokens, last_text_tokens, pad_index, ranks_in_row
 from .scores import attention_rows, keep_highest
 
 
-def visible(q_pos: np.ndarray, q_visual: np.ndarray, k_pos: np.ndarray, k_visual: np.ndarray, plan: LayerPlan):
+def visible(
+    q_pos: np.ndarray, q_visual: np.ndarray, k_pos: np.ndarray, k_visual: np.ndarray, plan: LayerPlan
+) -> np.ndarray:
     """Returns who sees whom, [B, queries, keys], from order (negative: padding) and visual flags, [B, queries] and
     [B, keys]."""
     causal = (k_pos[:, None] >= 0) & (k_pos[:, None] <= q_pos[:, :, None])
@@ -48,7 +50,7 @@ class Present:
     def padding(self) -> np.ndarray:
         return self.index < 0
 
-    def padded(self, values: np.ndarray, fill) -> np.ndarray:
+    def padded(self, values: np.ndarray, fill: int | bool) -> np.ndarray:
         return np.where(self.padding, fill, values[self.index]) if len(values) else np.full(self.index.shape, fill)
 
 
@@ -88,7 +90,9 @@ class MaskFlow:
 
     # --- one layer ---
 
-    def layer(self, block: Block, x: torch.Tensor, visual: None, place: Present, run: Run):
+    def layer(
+        self, block: Block, x: torch.Tensor, visual: torch.Tensor | None, place: Present, run: Run
+    ) -> tuple[torch.Tensor, None, Present]:
         plan = self.call.plan[block.layer_idx]
         if plan.drop is not None:
             x, place = self._drop(block, plan.drop, x, place)
@@ -96,7 +100,9 @@ class MaskFlow:
         place.scores = scores
         return x, None, place
 
-    def _update(self, block: Block, plan: LayerPlan, x: torch.Tensor, place: Present):
+    def _update(
+        self, block: Block, plan: LayerPlan, x: torch.Tensor, place: Present
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention, normed, rope = block.self_attn, block.input_layernorm(x), self._rope(place, x.dtype)
         q = attention.queries(normed, rope).transpose(1, 2)
         k, v = (t.transpose(1, 2) for t in attention.keys_values(normed, rope))
@@ -162,7 +168,7 @@ class MaskFlow:
 
     def _staying(self, drop: Drop, counts: np.ndarray, scores: torch.Tensor | None, place: Present) -> np.ndarray:
         """Returns a mask over the visual tokens."""
-        if drop.rank is None:
+        if drop.rank is None or scores is None:
             return np.zeros(place.tokens.visual.sum(), bool)
         index = pad_index(place.tokens.row[place.tokens.visual], place.tokens.batch)
         at = self.call.tensor(np.maximum(index, 0))
@@ -185,7 +191,9 @@ class MaskFlow:
         return weights.mean(1)[self.call.tensor(visual)]
 
     @torch.no_grad()
-    def _attention_of_last(self, q, k, plan: LayerPlan, place: Present, entries: CacheEntries):
+    def _attention_of_last(
+        self, q: torch.Tensor, k: torch.Tensor, plan: LayerPlan, place: Present, entries: CacheEntries
+    ) -> tuple[torch.Tensor, np.ndarray]:
         """Returns the attention of each sequence's last text token, [B, H, S], and which of the keys are visual tokens
         of this call, [B, S]."""
         tokens, rows = place.tokens, np.arange(place.tokens.batch)

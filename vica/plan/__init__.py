@@ -1,0 +1,1 @@
+"""What each layer does with each group of tokens, as data, and what that costs."""

@@ -1,0 +1,1 @@
+"""A drawn world with exact answers: pictures, questions, and nine small benchmarks made of them."""

@@ -1,0 +1,1 @@
+"""Training of both stages, from flags to the saved model."""

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""Defines `ViCAError`, a mistake that the user can fix, told in one line."""
 
 
 class ViCAError(ValueError):

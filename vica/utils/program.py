@@ -1,4 +1,4 @@
-"""What all programs here share: how they end, and that transformers keeps quiet in them."""
+"""How every program of the project ends (exit code, one-line errors), and how transformers is kept quiet."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tables in print."""
+"""Plain-text tables for the terminal."""
 
 
 def table(rows: list[tuple]) -> str:
