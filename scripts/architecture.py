@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def the_map(root: Path) -> str:
     """Return a table for each folder of vica/ and for the scripts."""
-    folders = {path.parent for path in (root / "vica").rglob("*.py")}
+    found = {path.parent for path in (root / "vica").rglob("*.py")}
     places = {name: place for place, name in enumerate(ORDER)}
-    folders = sorted(folders, key=lambda f: (places.get(str(f.relative_to(root / "vica")), len(ORDER)), f))
+    folders = sorted(found, key=lambda f: (places.get(str(f.relative_to(root / "vica")), len(ORDER)), f))
     tables = [table(root, folder) for folder in (*folders, root / "scripts", root / "scripts/toy")]
     return "\n".join(tables)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BASELINE = Path(__file__).with_name("types_baseline.json")
-STRICT: tuple[str, ...] = ()  # ("vica/plan/", "vica/model/", "vica/engine/", "vica/kernels/")
+STRICT = ("vica/engine/", "vica/plan/")
 ERROR = re.compile(r"(?P<file>[^:]+):\d+: error: ")
 
 

@@ -158,7 +158,12 @@ def test_an_existing_part_is_kept(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, fails", [("agree in each", "linear"), ("agree across", "linear"), ("sign of the first", "set")]
+    "name, fails",
+    [
+        ("agree in each", "linear"),
+        ("agree across", "linear"),
+        pytest.param("sign of the first", "set", marks=pytest.mark.slow),
+    ],
 )
 def test_each_network_reads_only_its_kind_of_relation(name, fails):
     """Uses patches of signs, and asks whether the two of a patch agree, whether two patches agree, or for the first

@@ -127,7 +127,9 @@ def test_the_order_has_a_seed_of_its_own(root, tmp_path, set_up, seeds, of_order
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage, checkpointing", [("pretrain", False), ("finetune", True)])
+@pytest.mark.parametrize(
+    "stage, checkpointing", [("pretrain", False), pytest.param("finetune", True, marks=pytest.mark.slow)]
+)
 def test_accel_trains_as_mask(root, tmp_path, stage, checkpointing):
     """Trains 50 steps. The largest differences seen were 1.4e-6 (loss) and 3.3e-7 (weights). Other layers differ by
     1e-2."""
