@@ -10,7 +10,7 @@ from PIL import Image
 from tests.builders import IMAGE, VOCAB, WIDTH, tiny_model, tiny_vision
 from vica.data.processor import ViCAProcessor
 from vica.engine import Engine, Request
-from vica.engine.scheduler import Sequence
+from vica.engine.sequence import Sequence, State
 from vica.testing import VOCABULARY, build_tokenizer
 
 SIZES = (1, 3, 6, 10)  # visual tokens of the images in `features`
@@ -68,9 +68,10 @@ def small_engine(model, **options) -> Engine:
 
 
 def all_prepared(engine: Engine) -> Engine:
-    """Makes the engine choose only when all waiting requests are prepared, however slow the host is."""
-    choose = engine.scheduler._choose
-    engine.scheduler._choose = lambda: (wait([s.prepared for s in engine.scheduler.waiting]), choose())[1]
+    """Returns the engine, which now lets requests enter only when all that wait are prepared, however slow the host."""
+    admission = engine.scheduler.admission
+    choose = admission.choose
+    admission.choose = lambda *state: (wait([s.prepared for s in admission.waiting]), choose(*state))[1]
     return engine
 
 
@@ -87,12 +88,17 @@ def picture(seed: int = 0, size=(40, 30)) -> Image.Image:
 
 
 def assert_sound(engine: Engine) -> None:
-    """Checks what holds after every step: every slot and lane is in one place, and no limit is passed."""
-    scheduler, pool, memory = engine.scheduler, engine.runner.pool, engine.image_memory
-    running: list[Sequence] = scheduler.active
-    assert sorted([*scheduler.lanes, *(s.row.lane for s in running)]) == list(range(1, engine.max_batch + 1))
-    slots = [pool._free[: pool.free], *(p.slots for p in pool.prefixes.values()), *(s.own_slots for s in running)]
-    assert sorted(np.concatenate(slots).tolist()) == list(range(1, pool.slots + 1))
+    """Checks what holds after every step: each K/V index and batch slot is in one place, each sequence is where its
+    state says, and no limit is passed."""
+    admission, flight = engine.scheduler.admission, engine.scheduler.flight
+    pool, memory = engine.runner.pool, engine.image_memory
+    running: list[Sequence] = flight.active
+    assert {s.state for s in admission.waiting} <= {State.WAITING} and {s.state for s in running} <= {State.RUNNING}
+    assert {s.state for s in flight.draining} <= {State.DRAINING}
+    batch_slots = [*admission.free_batch_slots, *(s.prompt.batch_slot for s in running)]
+    assert sorted(batch_slots) == list(range(1, engine.max_batch + 1))
+    indices = [pool.free_indices, *(p.kv_index for p in pool.prefixes.values()), *(s.own_kv for s in running)]
+    assert sorted(np.concatenate(indices).tolist()) == list(range(1, pool.size + 1))
     for prefix in pool.prefixes.values():
         assert prefix.users == sum(s.prefix is prefix for s in running)
     held = [e for s in running for e in s.entries]
@@ -105,7 +111,7 @@ def assert_sound(engine: Engine) -> None:
 
 def assert_idle(engine: Engine) -> None:
     """Checks that nothing is left of any request."""
-    assert not engine.scheduler.busy and engine.scheduler.batch is None
+    assert not engine.scheduler.busy and engine.scheduler.flight.batch is None
     assert_sound(engine)
 
 

@@ -1,4 +1,4 @@
-"""`vica.load`: a model and its processor from a folder or a hub repository, in any of the three layouts."""
+"""`vica.load`: a model and its processor from a folder or a hub repository, in any of the three formats."""
 
 import copy
 import logging
@@ -13,17 +13,19 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from .checkpoint import adapters, files
 from .checkpoint.convert import convert as rewrite
+from .checkpoint.source import Source
 from .data.processor import ViCAProcessor
 from .data.tokenizer import add_image_token, load_tokenizer
 from .model.llava import ViCAForConditionalGeneration
 from .plan import formats
 from .plan.config import ViCAConfig
+from .plan.wiring import Wiring
 from .utils.errors import ViCAError
+from .utils.files import read_json
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-LAYOUTS = ("llava", "hf", "vica")
 
 
 def load(
@@ -36,27 +38,27 @@ def load(
     recipe: str | os.PathLike | None = None,
     **kwargs,
 ) -> tuple[ViCAForConditionalGeneration, ViCAProcessor | None]:
-    """Layers: `t2v_layers`, then `recipe` (a file of configs/), then T2V_LAYERS, then the checkpoint.
-    `device` is CUDA where there is one; `dtype` is the checkpoint's. The processor is None where no tokenizer lies."""
+    """Returns a checkpoint's model and processor, or None for the processor where the folder has no tokenizer.
+
+    Settings that are not given come from `recipe` (a file of configs/), the environment (T2V_LAYERS) or the checkpoint:
+    the first that names them. `device` is CUDA by default where there is one; `dtype` is the checkpoint's.
+    """
+    return load_wired(path_or_repo, Wiring(variant, t2v_layers, freeze_prefix, recipe), device, dtype, **kwargs)
+
+
+def load_wired(
+    path_or_repo: str | os.PathLike, wiring: Wiring, device=None, dtype=None, **kwargs
+) -> tuple[ViCAForConditionalGeneration, ViCAProcessor | None]:
+    """Does the work of `load` for settings that are one value already."""
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
     device, dtype = check_device(device), check_dtype(dtype)
-    hub = files.pop_hub_arguments(kwargs)
-    folder = files.find_folder(path_or_repo, **hub)
-    model = ViCAForConditionalGeneration.from_pretrained(
-        folder,
-        cache_dir=hub.get("cache_dir"),  # a tower of the hub's may lie there too
-        variant=variant,
-        t2v_layers=t2v_layers,
-        freeze_prefix=freeze_prefix,
-        recipe=recipe,
-        dtype=dtype,
-        **kwargs,
-    )
-    model.config.name_or_path = str(path_or_repo)
-    return model.to(device).eval(), load_processor(folder, model.config)
+    source = Source.at(path_or_repo, **files.pop_hub_arguments(kwargs))
+    model, _ = ViCAForConditionalGeneration.from_source(source, wiring, dtype=dtype, **kwargs)
+    return model.to(device).eval(), load_processor(source.folder, model.config)
 
 
 def check_device(given: str | torch.device | None) -> torch.device:
+    """Returns the device; by default CUDA where there is one."""
     if given is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -73,6 +75,7 @@ def check_device(given: str | torch.device | None) -> torch.device:
 
 
 def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    """Returns the dtype, or "auto" for the checkpoint's."""
     if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype or "auto"
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,7 +85,7 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
-    """The saved processor; for folders of other code bases, one made from the config and the tokenizer."""
+    """Returns the saved processor, or, for folders of other code bases, one made from the config and the tokenizer."""
     try:
         return _load_processor(folder, config)
     except ViCAError:
@@ -94,7 +97,7 @@ def load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
 
 def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     saved = folder / "processor_config.json"
-    if saved.is_file() and files.read_json(saved).get("processor_class") == ViCAProcessor.__name__:
+    if saved.is_file() and read_json(saved).get("processor_class") == ViCAProcessor.__name__:
         return ViCAProcessor.from_pretrained(folder)
     if not holds_tokenizer(folder):
         log.warning("%s holds no tokenizer: the model comes without a processor", folder)
@@ -110,26 +113,29 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
 
 
 def convert(source, target, to: str, base=None, shard_size: str = files.SHARD_SIZE, **settings) -> Path:
-    """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it. Adapters are merged
-    into their base: `base`, or the one that they name."""
-    if to not in LAYOUTS:
-        raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(LAYOUTS)}")
+    """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it, and returns the new
+    folder. Adapters are merged into their base: `base`, or the one that they name. `settings` are Wiring's."""
+    if to not in formats.FORMATS:
+        raise ViCAError(f"--to is {to!r}; it must be one of {', '.join(formats.FORMATS)}")
     if not re.fullmatch(r"[1-9]\d*[KMG]B", shard_size):
         raise ViCAError(f"the largest size of a file is {shard_size!r}; give a number with KB, MB or GB")
-    folder = files.find_folder(source)
-    config = files.read_config(folder, **settings)
+    hub = files.pop_hub_arguments(settings)
+    source = Source.at(source, **hub)
+    config = source.config(Wiring(**settings))
     config.architectures = [ViCAForConditionalGeneration.__name__]
-    origin, read = folder, partial(files.read_checkpoint, ViCAForConditionalGeneration, folder, config)
-    if files.holds_adapters(folder):
-        origin = files.find_folder(base or adapters.base_of(folder))
-        read = partial(adapters.merged_weights, ViCAForConditionalGeneration, folder, origin, config)
+    origin, read = source, partial(source.weights, ViCAForConditionalGeneration, config)
+    if source.kind == "adapters":
+        origin = Source.at(base or adapters.base_of(source.folder), **hub)
+        read = partial(adapters.merged_weights, ViCAForConditionalGeneration, source.folder, origin, config)
     elif base is not None:
-        raise ViCAError(f"--base is {str(base)!r}, but {folder} holds no adapters to merge into it")
-    processor, image_token = load_processor(folder if holds_tokenizer(folder) else origin, config), None
-    if to == "hf" and processor is not None and config.vision_config is not None:
-        processor = hf_processor(processor, config)
-        image_token = processor.image_token_id
-    return rewrite(read, origin, target, to, config, processor, image_token, shard_size)
+        raise ViCAError(f"--base is {str(base)!r}, but {source.folder} holds no adapters to merge into it")
+    saved = load_processor(source.folder if holds_tokenizer(source.folder) else origin.folder, config)
+    processor: ViCAProcessor | LlavaProcessor | None = saved
+    image_token = None
+    if to == "hf" and saved is not None and config.vision_config is not None:
+        processor = theirs = hf_processor(saved, config)
+        image_token = theirs.image_token_id
+    return rewrite(read, origin.folder, target, to, config, processor, image_token, shard_size)
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -137,7 +143,8 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor:
-    """transformers' processor for the same tokens and pixels."""
+    """Returns transformers' processor for the same tokens and pixels. The model has a tower."""
+    assert config.vision_config is not None
     tokenizer = copy.deepcopy(processor.tokenizer)
     add_image_token(tokenizer)
     if tokenizer.pad_token is None:
@@ -156,10 +163,10 @@ def hf_processor(processor: ViCAProcessor, config: ViCAConfig) -> LlavaProcessor
 
 
 def saved_image_settings(folder: Path) -> dict | None:
-    """What transformers saved of an image processor, in either of its files."""
+    """Returns the image processor's settings that transformers saved, from either of its files."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            saved = files.read_json(folder / name)
+            saved = read_json(folder / name)
             if settings := saved.get("image_processor", saved if "image_processor_type" in saved else None):
                 return dict(settings)
     return None

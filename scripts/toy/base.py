@@ -18,12 +18,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from scripts.toy.language import language
 from scripts.toy.learning import learn
 from scripts.toy.tower import FAMILY, contrastive, draw_families
-from vica.checkpoint.files import read_json
 from vica.loading import check_device
 from vica.testing import train_tokenizer
 from vica.toy.world import SIDE
 from vica.utils.errors import ViCAError
-from vica.utils.files import whole_folder
+from vica.utils.files import read_json, whole_folder
 from vica.utils.program import DEFAULT, exit_status
 
 WORDS, SAMPLE = 600, 20000  # tokens of the tokenizer, and texts to train it on

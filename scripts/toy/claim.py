@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-from vica.checkpoint.files import read_json
 from vica.plan.config import ViCAConfig
 from vica.plan.flops import visual_flops
 from vica.plan.sizes import visual_tokens
 from vica.utils.errors import ViCAError
+from vica.utils.files import read_json
 from vica.utils.program import exit_status
 
 ORDER = ("dense", "vica", "random", "blind")

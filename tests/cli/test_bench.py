@@ -189,7 +189,7 @@ def test_kept_parts_are_not_computed(models, prompts, monkeypatch):
     columns, seen = columns_of(models, prompts), []
     image_kv, prefill = Runner.image_kv, Runner.prefill
     monkeypatch.setattr(Runner, "image_kv", lambda *a: seen.append(("images", len(a[1]))) or image_kv(*a))
-    monkeypatch.setattr(Runner, "prefill", lambda *a: seen.append(("held", *(r.held for r in a[1]))) or prefill(*a))
+    monkeypatch.setattr(Runner, "prefill", lambda *a: seen.append(("held", *(r.shared for r in a[1]))) or prefill(*a))
     work = {}
     for column in ("nothing", "prefix", "image"):
         job = columns.jobs("prefill", prompts)[column]()
@@ -207,9 +207,9 @@ def test_slots_are_returned(models, prompts):
     drive = columns_of(models, prompts).drive("dense")
     pool = drive.runner.pool
     drive.admit(prompts, prefix_kept=True)
-    assert pool.slots - pool.free == 5 + 3 * (5 + 16 + 4 + 3)
+    assert pool.size - pool.free == 5 + 3 * (5 + 16 + 4 + 3)
     drive.clear()
-    assert pool.free == pool.slots
+    assert pool.free == pool.size
 
 
 def test_too_many_tokens_are_out_of_memory(models, prompts):
@@ -256,6 +256,7 @@ def test_throughput(capsys, monkeypatch):
     assert sum(encoded) == 2 * 2 * 2, "each run of both engines meets each picture for the first time, and once"
 
 
+@pytest.mark.slow
 def test_training(capsys):
     """Every column takes the same steps: as many samples, and the same loss if it computes the same function."""
     out, found = bench(capsys, "train", "--preset", "toy", "--samples", "2", "--batch", "2", "2", "--repeats", "1")
@@ -271,6 +272,7 @@ def test_training(capsys):
     assert "against dense" in out and "samples/s" in out
 
 
+@pytest.mark.slow
 def test_evaluation(capsys):
     out, report = bench(capsys, "eval", "--preset", "toy", "--questions", "4", "--peer-questions", "1")
     cells = {cell["name"]: cell for cell in report["cells"]}

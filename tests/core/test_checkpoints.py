@@ -22,8 +22,10 @@ import vica
 from tests.builders import VOCAB, Row, assert_close, batch, image, tiny_model, tiny_vision
 from vica import testing as toy
 from vica.checkpoint import files
+from vica.checkpoint.source import Source
 from vica.loading import check_device
 from vica.plan import formats
+from vica.plan.wiring import Wiring
 
 LAYERS = [0, 2]
 load = partial(vica.load, device="cpu")
@@ -432,7 +434,7 @@ def test_every_model_type_that_llava_wrote(tmp_path, weights, model_type):
     shape = {"hidden_size": 32, "rope_theta": 1e4, "sliding_window": None}
     config = {**FLAT, **shape, "model_type": model_type, "vision_config": tiny_vision()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    read = files.read_config(tmp_path, t2v_layers=LAYERS)
+    read = Source.at(tmp_path).config(Wiring(t2v_layers=LAYERS))
     text = read.text_config
     assert (text.attention_bias, text.attention_out_bias) == (("qwen" in model_type), False)
     assert text.num_key_value_heads == 2 and text.hidden_size == 32
@@ -444,9 +446,9 @@ def test_forms_of_the_towers_name(tmp_path, name):
     if isinstance(name, list):
         fails_to_read = pytest.raises(vica.ViCAError, match="the vision tower 'x' that the checkpoint names")
         with fails_to_read:
-            files.read_config(tmp_path, t2v_layers=LAYERS)
+            Source.at(tmp_path).config(Wiring(t2v_layers=LAYERS))
     else:
-        config = files.read_config(tmp_path, t2v_layers=LAYERS)
+        config = Source.at(tmp_path).config(Wiring(t2v_layers=LAYERS))
         assert (config.vision_config.image_size, config.mm_hidden_size) == (336, 1024)
 
 

@@ -7,7 +7,8 @@ import torch
 from tests.builders import Row, assert_close, image, tiny_model
 from vica.engine import Engine, Request
 from vica.kernels.layer_torch import Shape, TorchOps
-from vica.kernels.work import Step, block_of, cut_tiles, image_arrays, image_places, image_work, to_device
+from vica.kernels.transfer import integers_to_device
+from vica.kernels.work import Step, block_of, cut_tiles, image_arrays, image_places
 from vica.testing import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -63,11 +64,11 @@ def test_rotary_and_stores(ops, dtype):
     ours, plain = ops
     s = plain.shape
     qkv = random(9, s.heads + 2 * s.kv_heads, s.head_dim, dtype=dtype)
-    pos, slot = torch.randint(0, 64, (9,), device=DEVICE), torch.randperm(20, device=DEVICE)[:9]
+    positions, kv_index = torch.randint(0, 64, (9,), device=DEVICE), torch.randperm(20, device=DEVICE)[:9]
     pools = [random(20, 2, s.kv_heads, s.head_dim, dtype=dtype)]
     pools.append(pools[0].clone())
-    want = plain.rope_store(qkv.clone(), pos, slot, pools[1])
-    close(ours.rope_store(qkv.clone(), pos, slot, pools[0]), want, dtype)
+    want = plain.rope_store(qkv.clone(), positions, kv_index, pools[1])
+    close(ours.rope_store(qkv.clone(), positions, kv_index, pools[0]), want, dtype)
     close(pools[0], pools[1], dtype)
 
     images = [
@@ -75,7 +76,7 @@ def test_rotary_and_stores(ops, dtype):
     ]
     kv = random(14, 2, s.kv_heads, s.head_dim, dtype=dtype)
     for op, some in zip(ops, images):
-        op.image_store(kv, 1, to_device(image_places(some, [3, 0, 40]), DEVICE), some)
+        op.image_store(kv, 1, integers_to_device(image_places(some, [3, 0, 40]), DEVICE), some)
     for got, want in zip(*images):
         assert not got[0].any(), "another layer's place"
         close(got[1], want[1], dtype)
@@ -90,21 +91,21 @@ def test_attention(ops, with_images, frozen, splits, dtype):
     ours, plain = ops
     s, lengths = plain.shape, (3, 150, 70, 1)
     firsts = np.cumsum([0, *lengths])
-    tiles = np.array([t for lane, n in enumerate(lengths) for t in cut_tiles(firsts[lane], n, lane)])
-    limit = np.concatenate([np.arange(n) + 5 * lane for lane, n in enumerate(lengths)])
-    t = to_device(dict(tiles=tiles, limit=limit), DEVICE)
-    table = torch.randperm(4 * 160, device=DEVICE).view(4, 160)
+    tiles = np.array([t for slot, n in enumerate(lengths) for t in cut_tiles(firsts[slot], n, slot)])
+    limit = np.concatenate([np.arange(n) + 5 * slot for slot, n in enumerate(lengths)])
+    t = integers_to_device(dict(tiles=tiles, limit=limit), DEVICE)
+    kv_table = torch.randperm(4 * 160, device=DEVICE).view(4, 160)
     rows = int(firsts[-1])
     q = random(rows, s.heads + 2 * s.kv_heads, s.head_dim, dtype=dtype)[:, : s.heads]
     pool = random(4 * 160, 2, s.kv_heads, s.head_dim, dtype=dtype)
     kvs = [random(3, 2, s.kv_heads, n, s.head_dim, dtype=dtype) for n in (130, 9)]
     seen = [(kvs[0], np.arange(4, 150)), (kvs[1], np.arange(100, 160)), (kvs[0], np.arange(200, rows))]
-    arrays, listed = image_arrays(seen if with_images else [], rows, 7, None)
-    work = image_work(to_device(arrays, DEVICE) if arrays else {}, listed, 64)
+    images = image_arrays(seen, rows, 7) if with_images else None
+    work = None if images is None else images.on_device(integers_to_device(images.arrays, DEVICE))
     apart = dict(frozen_rows=3, frozen_tiles=1) if frozen else {}
     block = block_of(tiles[:, 1])
-    step = Step(t["limit"], t["limit"], t["limit"], t["tiles"], table, block, splits, images=work, **apart)
-    plain_step = Step(t["limit"], t["limit"], t["limit"], t["tiles"], table, block, images=work, **apart)
+    step = Step(t["limit"], t["limit"], t["limit"], t["tiles"], kv_table, block, splits, images=work, **apart)
+    plain_step = Step(t["limit"], t["limit"], t["limit"], t["tiles"], kv_table, block, images=work, **apart)
     want = plain.attend(q, pool, plain_step, frozen, 2)
     close(ours.attend(q, pool, step, frozen, 2), want, dtype)
 
@@ -112,7 +113,7 @@ def test_attention(ops, with_images, frozen, splits, dtype):
 @pytest.mark.parametrize("variant", ["accel", "dense"])
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 @torch.inference_mode()
-def test_float32_tokens_are_generates(variant, cuda_graphs):
+def test_float32_tokens_equal_generate(variant, cuda_graphs):
     """Three times the same, as a captured pass runs plainly first, then is captured, then replayed."""
     model = tiny_model(variant=variant, text_config=dict(max_position_embeddings=256)).cuda()
     rows = [Row((3, image(5), 4)), Row((9,), 1), Row((image(7), 2, image(3), 3), 2), Row((3, image(5), 6), 3)] * 3

@@ -25,6 +25,7 @@ from tests.engines import (
 )  # fmt: skip
 from vica.engine import Engine, Request
 from vica.kernels.work import key_blocks
+from vica.plan.layer import Drop, LayerPlan
 from vica.testing import build
 from vica.utils.errors import ViCAError
 
@@ -39,7 +40,7 @@ def wired(variant="accel", layers=(0, 2), rule=True, kv_heads=2, **text):
 
 
 def rows_of(model, request: Request) -> int:
-    """Rows of text K/V that it may take."""
+    """Returns the text tokens whose K/V the request may take."""
     visual = sum(len(x) for x in request.images) if model.config.variant == "dense" else 0
     return len(request.prompt) - len(request.images) + visual + request.max_new_tokens - 1
 
@@ -82,6 +83,7 @@ requests = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     asked=st.lists(requests, min_size=1, max_size=7),
@@ -111,7 +113,7 @@ MIXES = {
     "no image at all": [[1], [9], [30], [2]],
     "with and without": [[5, ("image", 3), 5], [11], [3, ("image", 1), ("image", 2), 4, ("image", 3), 2], [1]],
     "prompts of more than a tile": [[70, ("image", 3), 130], [200], [3, ("image", 0), 64], [64, ("image", 1), 1]],
-    "more requests than lanes": [[3 + n % 4, ("image", n % 3), 1 + n % 5] for n in range(17)],
+    "more requests than batch slots": [[3 + n % 4, ("image", n % 3), 1 + n % 5] for n in range(17)],
 }
 
 
@@ -181,7 +183,7 @@ def test_blocks_of_keys_fit_into_shared_memory(rows, stages):
     assert key_blocks(rows, 2**20, stages) == (16, 1)
 
 
-def test_prompts_of_other_whole_numbers():
+def test_prompts_as_tuples_and_numpy_integers():
     model = wired()
     request = request_of([3, ("image", 1), 4], max_new_tokens=5)
     others = [
@@ -193,7 +195,7 @@ def test_prompts_of_other_whole_numbers():
 
 
 @pytest.mark.parametrize("ends", [None, 70, [70, 2]])
-def test_ends_are_the_models_own(ends):
+def test_end_tokens_come_from_the_model(ends):
     model = wired()
     model.generation_config.eos_token_id = ends
     asked = [request_of([3, ("image", n), 4], max_new_tokens=12) for n in range(6)]
@@ -224,7 +226,7 @@ def test_in_bfloat16(variant):
 # --- pictures and texts ---
 
 
-def test_the_toy_model():
+def test_questions_to_the_random_model():
     model, processor = build()
     engine = watched(small_engine(model, processor=processor, kv_bytes=2**25, image_memory_bytes=2**25))
     image, questions = picture(0, (200, 120)), ["What is in the picture?", "Is there a star?", "How many squares?"]
@@ -302,7 +304,7 @@ def test_pictures_and_questions(variant, tmp_path):
 
 
 def test_a_placeholder_of_the_vocabulary():
-    """Where the placeholder is a word, it stands for an image in a prompt, and is text when the model utters it."""
+    """Where the placeholder is a word, it stands for an image in a prompt, and is text when the model generates it."""
     model = tiny_model(image_token_index=7)
     model.generation_config.eos_token_id = None
     with torch.no_grad():
@@ -431,6 +433,37 @@ def test_mask_is_refused():
         Engine(tiny_model(variant="mask"))
 
 
+UNEVEN_PLANS = {
+    "updates and reads": [LayerPlan(), LayerPlan("read"), LayerPlan(), LayerPlan("read")],
+    "reads first, then updates": [LayerPlan("skip"), LayerPlan("read"), LayerPlan(), LayerPlan()],
+    "a drop of all": [LayerPlan(), LayerPlan(), LayerPlan("skip", drop=Drop(0)), LayerPlan("skip")],
+    "a drop of half": [LayerPlan(), LayerPlan(), LayerPlan(drop=Drop(0.5, "previous")), LayerPlan()],
+    "text that reads no updated tokens": [LayerPlan(text_reads=False), LayerPlan(), LayerPlan(), LayerPlan()],
+}
+
+
+@pytest.mark.parametrize("plan", UNEVEN_PLANS)
+def test_plans_with_uneven_visual_tokens_are_refused(plan):
+    """In one line, whatever the config's variant; only the first layer's entry looks uniform in some."""
+    for variant in ("accel", "dense"):
+        model = tiny_model(variant=variant)
+        model.config.plan = UNEVEN_PLANS[plan]
+        with pytest.raises(ViCAError, match="same visual tokens in every layer.*: use model.generate$") as error:
+            Engine(model)
+        assert "\n" not in str(error.value)
+
+
+def test_a_plan_that_is_no_variant_is_answered():
+    """Frozen in all layers, and read where no list of T2V layers says so."""
+    plan = [LayerPlan("skip"), LayerPlan("read", prefix_attends=False), LayerPlan("read", text_reads=False)]
+    model = wired()
+    model.config.plan = [*plan, LayerPlan("read")]
+    asked = [request_of([3, ("image", n), 4], max_new_tokens=5) for n in range(3)]
+    engine = small_engine(model)
+    assert engine.runner.decoder.image_layers == [1, 3]
+    assert_answers(model, asked, engine.generate(asked))
+
+
 @pytest.mark.parametrize(
     "options, complaint",
     [
@@ -442,12 +475,12 @@ def test_mask_is_refused():
     ],
     ids=str,
 )
-def test_limits_that_are_none(options, complaint):
+def test_invalid_limits_are_refused(options, complaint):
     with pytest.raises(ViCAError, match=complaint):
         Engine(tiny_model(), **options)
 
 
-def test_one_image_given_by_itself(tmp_path):
+def test_a_single_image_needs_no_list(tmp_path):
     path = tmp_path / "one.png"
     picture(3).save(path)
     content = path.read_bytes()

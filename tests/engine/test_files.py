@@ -71,7 +71,7 @@ def test_known_files_are_not_decoded(seeing, tmp_path, monkeypatch):
     assert not any(r.error for r in results) and other.seen == 0
 
 
-def test_loaded_behind_what_is_held(seeing, tmp_path):
+def test_loaded_entries_count_as_less_recently_used(seeing, tmp_path):
     engine = counting(*seeing)
     for seed in range(3):
         ask(engine, ("What?", [picture(seed)]))
@@ -103,8 +103,8 @@ def test_memory_without_layers(tmp_path):
     assert empty.image_memory.save(tmp_path / "empty") == 0 and empty.image_memory.load(tmp_path / "empty") == 0
 
 
-def test_the_same_checkpoint_from_a_folder(seeing, tmp_path):
-    """What decides is the content: a memory outlives the process and the folder's name."""
+def test_a_memory_fits_the_same_checkpoint_from_a_folder(seeing, tmp_path):
+    """The content decides: a memory outlives the process and the folder's name."""
     model, processor = seeing
     engine = counting(model, processor)
     ask(engine, ("What?", [picture()]))
@@ -163,8 +163,8 @@ def test_another_models_memory_is_refused(what, named, tmp_path):
     assert "\n" not in str(error.value) and not other.image_memory.entries
 
 
-def test_what_kv_do_not_depend_on_may_change(tmp_path):
-    """The weights after attention, other layers and the head have no part in what is kept."""
+def test_weights_without_influence_on_kv_may_change(tmp_path):
+    """Stored K/V do not depend on the weights after attention, on other layers, or on the head."""
     engine = counting(*seeing_model())
     ask(engine, ("What?", [picture()]))
     engine.image_memory.save(tmp_path / "corpus")
@@ -203,7 +203,7 @@ def refuse(engine, path, reason: str) -> None:
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_files_that_are_none_of_ours(seeing, tmp_path):
+def test_files_of_other_kinds_are_refused(seeing, tmp_path):
     engine = counting(*seeing)
     refuse(engine, tmp_path / "missing", "no such file")
     refuse(engine, str(tmp_path), "cannot be read")

@@ -27,7 +27,7 @@ from tests.engines import (
     seeing_model,
     small_engine,
 )  # fmt: skip
-from vica.engine import Request, inputs
+from vica.engine import Request, image_store
 from vica.engine.image_memory import FEATURES, ImageMemory
 from vica.utils import hashing
 
@@ -49,21 +49,21 @@ def test_one_image_and_many_questions(seeing):
 
 
 @pytest.mark.parametrize("variant", ["accel", "dense"])
-def test_pixels_go_when_there_are_features(variant):
+def test_pixels_are_freed_once_features_exist(variant):
     """Also those of requests that found their image computed already."""
     model, processor = seeing_model(variant=variant)
     engine = counting(model, processor, max_batch=5)
     requests = [Request.ask(q, [picture()], max_new_tokens=50, ignore_eos=True) for q in QUESTIONS]
     for _ in engine.stream(requests):
-        if len(engine.scheduler.active) == 5:
-            images = [image for s in engine.scheduler.active for image in s.prepared.result().images]
-            assert all(image.pixels is None and image.features is None for image in images)
+        if engine.scheduler.running == 5:
+            running = engine.scheduler.flight.active
+            assert all(image.loaded.empty for s in running for image in s.prepared.result().images)
             break
     else:
         raise AssertionError("never all at once")
 
 
-def test_other_places_need_no_tower(seeing):
+def test_other_positions_need_no_tower(seeing):
     """K/V stand at a position; features do not."""
     engine = counting(*seeing)
     image, other = picture(0), picture(1)
@@ -86,7 +86,7 @@ def test_dense_keeps_features(seeing):
 
 
 @pytest.mark.parametrize("variant", ["accel", "dense"])
-def test_nothing_is_kept_that_should_not_be(variant):
+def test_nothing_is_kept_when_keeping_is_off(variant):
     engine = counting(*seeing_model(variant=variant), keep_images=False, keep_prefix=False)
     for _ in range(2):
         ask(engine, *((q, [picture()]) for q in QUESTIONS[:4]), max_new_tokens=8)
@@ -95,12 +95,12 @@ def test_nothing_is_kept_that_should_not_be(variant):
     assert_idle(engine)
 
 
-def test_the_prefix_is_computed_once(seeing):
+def test_a_shared_prefix_is_computed_once(seeing):
     """All prompts of a template share its first rows, with a picture or without."""
     engine = counting(*seeing)
     rows = []
     prefill = engine.runner.prefill
-    engine.runner.prefill = lambda some: rows.append([(len(r.layout), r.held) for r in some]) or prefill(some)
+    engine.runner.prefill = lambda some: rows.append([(len(r.layout), r.shared) for r in some]) or prefill(some)
     for images in ([picture()], []):
         rows.clear()
         ask(engine, *((q, images) for q in QUESTIONS[:3]))
@@ -111,7 +111,7 @@ def test_the_prefix_is_computed_once(seeing):
 
 
 @pytest.mark.parametrize("variant, rule", [("accel", True), ("accel", 1), ("dense", True)])
-def test_a_prefix_before_an_image_is_not_one_before_words(variant, rule):
+def test_prefixes_before_images_and_before_text_are_not_shared(variant, rule):
     """It is frozen, where text alone is plain Llama: rows of the same tokens, but other K/V."""
     model, processor = seeing_model(variant=variant, freeze_prefix=rule)
     engine = counting(model, processor)
@@ -125,7 +125,7 @@ def test_a_prefix_before_an_image_is_not_one_before_words(variant, rule):
     assert len(engine.runner.pool.prefixes) == 2
 
 
-# --- what is the same image ---
+# --- when two sources are the same image ---
 
 
 def png(image) -> bytes:
@@ -134,7 +134,7 @@ def png(image) -> bytes:
     return buffer.getvalue()
 
 
-def test_content_decides(seeing, tmp_path):
+def test_the_same_content_is_one_image(seeing, tmp_path):
     """The same bytes, wherever they lie, are one image; the same pixels are one too."""
     engine = counting(*seeing)
     content = png(picture())
@@ -167,17 +167,17 @@ def test_a_file_that_changes_is_another_image(seeing, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(seeing, tmp_path):
-    """What is kept under a content is that content."""
+    """An entry holds the content that its key stands for."""
     engine, path = counting(*seeing), tmp_path / "a.png"
     path.write_bytes(png(picture(1)))
-    identify = engine.inputs._identify
+    get = engine.inputs.images.get
 
-    def identify_then_change(source):
-        found = identify(source)
+    def get_then_change(source):
+        content = get(source)
         path.write_bytes(png(picture(2)))
-        return found
+        return content
 
-    engine.inputs._identify = identify_then_change
+    engine.inputs.images.get = get_then_change
     ask(engine, ("What?", [path]))
     assert {key for key, _ in engine.image_memory.entries} == {hashing.digest(png(picture(2)))}
 
@@ -185,13 +185,13 @@ def test_a_file_that_changes_while_it_is_read(seeing, tmp_path):
 def test_a_known_file_is_not_read_again(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
     os.utime(tmp_path / "a", ns=(1, 1))
-    first = inputs.digest_file(str(tmp_path / "a"))
+    first = image_store.digest_file(str(tmp_path / "a"))
     monkeypatch.setattr("builtins.open", None)
-    assert inputs.digest_file(str(tmp_path / "a")) == first == hashing.digest(b"content")
+    assert image_store.digest_file(str(tmp_path / "a")) == first == hashing.digest(b"content")
 
 
-def test_the_same_numbers_are_not_the_same_picture(seeing):
-    """Of another palette, or of another shape."""
+def test_the_same_bytes_in_another_palette_or_shape_are_another_image(seeing):
+    """Neither with another palette nor in another shape."""
     engine = counting(*seeing)
     gray = picture().convert("L")
     one, other = gray.convert("P"), gray.convert("P")
@@ -209,8 +209,8 @@ def test_open_files_and_urls_are_read_once(seeing):
     assert result.tokens == answer(seeing[0], seeing[1].ask("What?", [picture()]), 3)
 
 
-def test_features_that_their_owner_changes(seeing):
-    """What is kept under a content is that content."""
+def test_changing_given_features_changes_no_stored_ones(seeing):
+    """An entry holds the content that its key stands for."""
     for variant in ("accel", "dense"):
         model, _ = seeing_model(variant=variant)
         engine, mine = small_engine(model), features(3).clone()
@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_opened(seeing, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(inputs, "digest_file", refuse)
+    monkeypatch.setattr(image_store, "digest_file", refuse)
     monkeypatch.setattr(Image, "open", refuse)
     (result,) = small_engine(seeing[0], processor=seeing[1]).generate([Request.ask("What?", [tmp_path / "a.png"])])
     assert result.error == f"image {str(tmp_path / 'a.png')!r}: cannot be read ([Errno 13] Permission denied)"
@@ -254,7 +254,7 @@ def test_every_value_and_place_counts(dtype, monkeypatch):
 # --- the limit ---
 
 
-def test_the_longest_unused_goes_first(seeing):
+def test_the_least_recently_used_entry_is_evicted_first(seeing):
     engine = counting(*seeing, image_memory_bytes=3 * (KV + FEATURE))
     for seed in (0, 1, 2, 0):
         ask(engine, ("What?", [picture(seed)]))
@@ -271,7 +271,7 @@ def test_the_longest_unused_goes_first(seeing):
     assert_idle(engine)
 
 
-def test_what_is_in_use_stays(seeing):
+def test_entries_in_use_are_not_evicted(seeing):
     """A stream that has begun keeps its image, while others come and go in what room is left."""
     engine = counting(*seeing, image_memory_bytes=2 * KV)
     first = Request.ask("What?", [picture(0)], max_new_tokens=400, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""What goes wrong goes wrong alone, who waits gets its turn, and nothing grows."""
+"""A wrong request fails alone, a waiting one gets its turn, and nothing grows."""
 
 import gc
 import io
@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def want(model):
-    """Of `good()`."""
+    """Returns the answers to `good()`."""
     return [alone(model, request) for request in good()]
 
 
@@ -108,14 +108,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_each_fails_alone(model, want, name):
+def test_each_wrong_request_fails_alone(model, want, name):
     request, reason = WRONG[name]
     engine = watched(small_engine(model, kv_bytes=512 * 300, image_memory_bytes=12000))
     (error,) = assert_alone(engine, [request], want)
     assert re.search(reason, error), error
 
 
-def test_all_at_once(model, want):
+def test_all_wrong_requests_at_once(model, want):
     engine = watched(small_engine(model, kv_bytes=512 * 300, image_memory_bytes=12000, max_batch=3))
     bad = [request for request, _ in WRONG.values()]
     assert len(set(assert_alone(engine, bad, want))) > 25
@@ -160,23 +160,23 @@ def test_pictures_that_cannot_be_read(tmp_path):
     assert_idle(engine)
 
 
-def test_the_same_content_elsewhere(tmp_path):
-    """Two files of one content are one image, but each is read on its own, and fails by its own name."""
+def test_files_of_the_same_content_fail_by_their_own_names(tmp_path):
+    """Two files of the same content are one image, but each is read on its own, and errors name the right one."""
     model, processor = seeing_model()
     engine = watched(small_engine(model, processor=processor, workers=1))
     for name in ("good-a", "good-b"):
         picture().save(tmp_path / name, "png")
     for name in ("bad-a", "bad-b"):
         (tmp_path / name).write_text("no picture")
-    identify = engine.inputs._identify
+    get = engine.inputs.images.get
 
-    def identify_then_lose(source):
-        found = identify(source)
+    def get_then_lose(source):
+        content = get(source)
         if source.name == "good-a":
             source.unlink()
-        return found
+        return content
 
-    engine.inputs._identify = identify_then_lose
+    engine.inputs.images.get = get_then_lose
     names = ["good-a", "good-b", "bad-a", "bad-b"]
     lost, kept, *bad = engine.generate([Request.ask("What?", [tmp_path / x], max_new_tokens=3) for x in names])
     assert "good-a': no such file" in lost.error and kept.error is None
@@ -184,14 +184,14 @@ def test_the_same_content_elsewhere(tmp_path):
     assert_idle(engine)
 
 
-def test_layers_that_nobody_named():
+def test_missing_t2v_layers_fail_requests_with_images():
     model = tiny_model(t2v_layers=None)
     seeing, blind = small_engine(model).generate([request_of([3, ("image", 1), 2]), request_of([3], max_new_tokens=2)])
     assert "needs t2v_layers" in seeing.error and len(blind.tokens) == 2
 
 
-def test_a_surprise_fails_alone_too(model, want, monkeypatch, caplog):
-    """An exception that is no ViCAError is a bug: it is logged, and the others are answered."""
+def test_an_unexpected_error_fails_one_request(model, want, monkeypatch, caplog):
+    """An exception that is no ViCAError is a bug: the log gets it, and the others are answered."""
     engine = watched(small_engine(model))
     prepare = engine.inputs.prepare
 
@@ -206,7 +206,7 @@ def test_a_surprise_fails_alone_too(model, want, monkeypatch, caplog):
 
 
 def test_an_error_of_the_device_ends_the_call_and_nothing_else(model, want):
-    """It says nothing of which request is at fault; the engine gives all back and can be asked again."""
+    """Such an error names no request. The engine takes everything back and can be asked again."""
     for name in ("prefill", "decode", "image_kv"):
         engine = watched(small_engine(model, max_batch=2))
         work = getattr(engine.runner, name)
@@ -222,8 +222,8 @@ def test_an_error_of_the_device_ends_the_call_and_nothing_else(model, want):
         assert [r.tokens for r in engine.generate(good())] == want
 
 
-def test_numbers_that_overflow_stay_where_they_are(model):
-    """NaN in one request's K/V must not reach those that use its slots later, or run beside it."""
+def test_nan_does_not_spread_to_other_requests(model):
+    """NaN in one request's K/V must not reach requests that get its K/V indices later, or run beside it."""
     broken = tiny_model()
     broken.generation_config.eos_token_id = None
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_numbers_that_overflow_stay_where_they_are(model):
 # --- waiting ---
 
 
-def test_a_slow_image_keeps_nobody_waiting(model, want):
+def test_a_slow_request_delays_no_other(model, want):
     """While one request is still being prepared, the others are answered."""
     engine, answered = small_engine(model), threading.Event()
     prepare = engine.inputs.prepare
@@ -258,8 +258,8 @@ def test_another_kind_of_model():
         Engine(torch.nn.Linear(2, 2))
 
 
-def test_large_requests_wait_for_room_and_get_it(model):
-    """One that needs all slots runs when the others have left, and is not passed by for ever."""
+def test_a_large_request_waits_for_room_and_gets_it(model):
+    """One that needs the whole pool runs when the others have left, and is not overtaken for ever."""
     engine = watched(small_engine(model, kv_bytes=512 * 60, max_batch=5))
     small = [request_of([2 + n % 5], max_new_tokens=6, ignore_eos=True) for n in range(30)]
     large = request_of([50], max_new_tokens=11, ignore_eos=True)
@@ -273,7 +273,7 @@ def test_large_requests_wait_for_room_and_get_it(model):
     assert_idle(engine)
 
 
-def test_idle_prefixes_make_room(model):
+def test_idle_prefixes_are_evicted_for_requests(model):
     """Prefixes stay as long as there is room, and never keep a request out."""
     engine = watched(small_engine(model, kv_bytes=512 * 100))
     for text in range(12):
@@ -286,8 +286,8 @@ def test_idle_prefixes_make_room(model):
     assert_idle(engine)
 
 
-def test_prefixes_in_use_make_no_room(model):
-    """Of an older one that is in use and a younger one that is idle, the idle one goes."""
+def test_prefixes_in_use_are_not_evicted(model):
+    """Evicts the idle one of an older prefix in use and a younger idle one."""
     engine = all_prepared(watched(small_engine(model, kv_bytes=512 * 140)))
     long = request_of([30, ("image", 1), 3], 0, max_new_tokens=60, ignore_eos=True)  # outlasts the others
     stream = engine.stream([long])
@@ -296,14 +296,14 @@ def test_prefixes_in_use_make_no_room(model):
         assert engine.generate([last])[0].tokens == alone(model, last)
     list(stream)
     assert long.result.tokens == alone(model, long)
-    assert [len(p.slots) for p in engine.runner.pool.prefixes.values()] == [30]
+    assert [len(p.kv_index) for p in engine.runner.pool.prefixes.values()] == [30]
 
 
 # --- nothing grows ---
 
 
-def test_two_thousand_requests_leave_nothing(model):
-    """From a generator, of every kind: few are prepared ahead, and each goes when it is answered."""
+def test_two_thousand_requests_leave_nothing_behind(model):
+    """Requests of every kind come from a generator: few are prepared ahead, and each is freed once it is answered."""
     engine = small_engine(model, max_batch=16, kv_bytes=2**18, image_memory_bytes=2**14)
     alive = weakref.WeakSet()
     given = most_ahead = most_alive = 0
@@ -322,10 +322,10 @@ def test_two_thousand_requests_leave_nothing(model):
             yield request
 
     def run(count: int) -> int:
-        """The number of Python's objects, tensors among them, that are there afterwards."""
+        """Returns the number of Python's objects, tensors among them, that exist afterwards."""
         nonlocal most_ahead
         for n, (request, _) in enumerate(engine.stream(lazily(count))):
-            most_ahead = max(most_ahead, len(engine.scheduler.waiting))
+            most_ahead = max(most_ahead, engine.scheduler.waiting)
             if n % 97 == 0:
                 engine.cancel(request)
         del request
@@ -335,25 +335,25 @@ def test_two_thousand_requests_leave_nothing(model):
     before = run(300)
     grown = run(1700) - before
     assert given == 2000 and most_ahead <= 32 and most_alive < 100
-    assert not alive and not engine.inputs.waiting
+    assert not alive and not len(engine.inputs.images)
     assert grown < 200
     assert_idle(engine)
 
 
 def test_an_interrupt_while_requests_enter_loses_nothing(monkeypatch):
-    """The first has its lane already when the second's turn is interrupted."""
+    """The first has its batch slot already when the second's turn is interrupted."""
     model = tiny_model()
     engine = small_engine(model)
-    hold = engine.scheduler._hold
+    hold = engine.scheduler.admission.hold_content
 
-    def interrupted(image, source):
+    def interrupted(image):
         if interrupted.turns == 1:
             raise KeyboardInterrupt
         interrupted.turns += 1
-        return hold(image, source)
+        return hold(image)
 
     interrupted.turns = 0
-    monkeypatch.setattr(engine.scheduler, "_hold", interrupted)
+    monkeypatch.setattr(engine.scheduler.admission, "hold_content", interrupted)
     asked = [request_of([3, ("image", n), 4], max_new_tokens=3) for n in (1, 2)]
     with pytest.raises(KeyboardInterrupt):
         engine.generate(asked)

@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import tiny_model
 from tests.engines import alone, assert_idle, request_of, small_engine, watched
-from vica.engine import Request, budget, runner, scheduler
+from vica.engine import Request, admission, budget, runner
 from vica.engine.budget import Limits, out_of_memory
 from vica.engine.graphs import Graphs
 
@@ -19,11 +19,11 @@ def model():
 
 
 def short(engine, name: str, when, error=None) -> list[int]:
-    """Lets a pass of the runner fail where `when(number of requests, number of call)`; the sizes that were tried."""
+    """Lets a pass of the runner fail where `when(number of requests, number of call)`. Returns the sizes tried."""
     work, sizes = getattr(engine.runner, name), []
 
     def maybe(first, *rest):
-        sizes.append(len(first.rows if name == "decode" else first))
+        sizes.append(len(first.prompts if name == "decode" else first))
         if when(sizes[-1], len(sizes)):
             raise torch.OutOfMemoryError("CUDA out of memory") if error is None else error()
         return work(first, *rest)
@@ -66,7 +66,7 @@ def test_memory_that_is_short_once(model, many_want, name, call):
 
 
 def broken_capture(text: str) -> RuntimeError:
-    """What torch raises at the end of a capture in which another error came first."""
+    """Returns what torch raises at the end of a capture in which another error came first."""
     error = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
     error.__context__ = RuntimeError(text)
     return error
@@ -81,8 +81,8 @@ SHORT = {
 
 
 @pytest.mark.parametrize("whose", SHORT)
-def test_other_words_for_short_memory(model, many_want, whose):
-    """What was captured goes, too: its memory is of use to no other pass."""
+def test_other_messages_of_short_memory(model, many_want, whose):
+    """Captured passes are freed too: no other pass can use their memory."""
     engine = watched(small_engine(model))
     engine.runner.graphs.graphs["decode"] = "captured"
     short(engine, "decode", lambda _, n: n == 2, SHORT[whose])
@@ -91,10 +91,10 @@ def test_other_words_for_short_memory(model, many_want, whose):
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_a_failed_pass_is_gone_when_memory_is_freed(model, name):
-    """The error that tells of it holds its tensors."""
+def test_a_failed_pass_holds_no_tensors_when_memory_is_freed(model, name):
+    """While the error is handled, it holds the pass's tensors."""
     engine, tensors, gone = small_engine(model), [], []
-    work, free = getattr(engine.runner, name), engine.scheduler._free_memory
+    work, free = getattr(engine.runner, name), engine.scheduler.recovery.free_memory
 
     def once(*arguments):
         activations = torch.zeros(3)
@@ -104,7 +104,7 @@ def test_a_failed_pass_is_gone_when_memory_is_freed(model, name):
         return work(*arguments)
 
     setattr(engine.runner, name, once)
-    engine.scheduler._free_memory = lambda: gone.append(tensors[0]() is None) or free()
+    engine.scheduler.recovery.free_memory = lambda: gone.append(tensors[0]() is None) or free()
     engine.generate(many()[:2])
     assert gone == [True]
 
@@ -142,7 +142,7 @@ def test_a_capture_that_fails_is_forgotten(monkeypatch):
 
 
 def test_memory_that_is_short_while_tokens_are_drawn(model, monkeypatch):
-    """The step has moved the lanes on by then; nothing may be counted twice."""
+    """The step has changed the device's state of the batch slots by then; no token may be counted twice."""
     asked = [
         request_of([3, ("image", n % 3), 2], temperature=1.0, top_p=0.9, seed=n, max_new_tokens=9) for n in range(6)
     ]
@@ -165,7 +165,7 @@ def test_memory_that_is_short_while_tokens_are_drawn(model, monkeypatch):
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "image_kv"])
 def test_memory_that_is_never_enough(model, many_want, name):
-    """Each fails with the reason; what needs no such pass is answered."""
+    """Each fails with the reason; requests that need no such pass are answered."""
     engine = watched(small_engine(model))
     work = getattr(engine.runner, name)
     short(engine, name, lambda size, _: size)
@@ -183,9 +183,9 @@ def test_memory_that_is_never_enough(model, many_want, name):
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_what_memory_has_limited_grows_back(model, many_want, monkeypatch, name):
-    monkeypatch.setattr(budget, "CALM", 4)
-    monkeypatch.setattr(scheduler, "PATIENCE", 5)  # all are there when the first enter
+def test_limits_grow_back_after_short_memory(model, many_want, monkeypatch, name):
+    monkeypatch.setattr(budget, "STEPS_BEFORE_RETRY", 4)
+    monkeypatch.setattr(admission, "BATCHING_DELAY", 5)  # all are there when the first enter
     engine = watched(small_engine(model, max_batch=8))
     sizes = short(engine, name, lambda _, n: n <= 2)
     for _ in range(2):
@@ -193,27 +193,27 @@ def test_what_memory_has_limited_grows_back(model, many_want, monkeypatch, name)
     assert sizes[0] == max(sizes[3:]) == engine.scheduler.limits.requests == 8
 
 
-def test_what_does_not_fit_is_not_tried_for_ever():
-    """Of 256 requests 100 fit: that is found out less and less often."""
+def test_attempts_that_fail_become_rarer():
+    """100 of 256 requests fit; the engine tries more less and less often."""
     limits, failures = Limits(256, 8192), 0
     for _ in range(100_000):
         if limits.requests > 100:
             limits.lower(limits.requests // 2)
             failures += 1
         else:
-            limits.a_pass_went_well()
-    assert failures < 20 and limits.rows == 8192 and limits.requests >= 50
+            limits.record_success()
+    assert failures < 20 and limits.tokens == 8192 and limits.requests >= 50
 
 
-def test_one_that_fits_only_when_others_have_left(model, many_want, monkeypatch):
-    """It is not tried again with every token of theirs, and answered in the end."""
-    monkeypatch.setattr(scheduler, "PATIENCE", 0)
+def test_a_large_request_enters_when_others_have_left(model, many_want, monkeypatch):
+    """It is not tried again with every token of the others, and it is answered in the end."""
+    monkeypatch.setattr(admission, "BATCHING_DELAY", 0)
     engine, beside = watched(small_engine(model, max_batch=8)), []
     prefill = engine.runner.prefill
 
     def crowded(rows):
         if any(len(row.layout) == 60 for row in rows):
-            beside.append(len(engine.scheduler.active) + len(rows) - 1)
+            beside.append(engine.scheduler.running + len(rows) - 1)
             if beside[-1] > 1:
                 raise torch.OutOfMemoryError
         return prefill(rows)
@@ -228,7 +228,7 @@ def test_one_that_fits_only_when_others_have_left(model, many_want, monkeypatch)
     assert_idle(engine)
 
 
-def test_one_that_never_fits_among_others(model, many_want):
+def test_a_request_that_never_fits_fails_alone(model, many_want):
     """The others are answered; so are streams, whose tokens are given once."""
     engine = watched(small_engine(model))
     prefill = engine.runner.prefill

@@ -64,7 +64,7 @@ def draw(logits, rows: int, seed, step, setting=(1.0, 0, 1.0)):
 
 
 PROBABILITIES = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.05, 0.03, 0.015, 0.005])
-SETTINGS = {  # what is left of the probabilities
+SETTINGS = {  # the probabilities that the filters leave
     (1.0, 0, 1.0): PROBABILITIES,
     (2.0, 0, 1.0): PROBABILITIES**0.5,
     (1.0, 3, 1.0): PROBABILITIES * (torch.arange(8) < 3),
@@ -147,7 +147,7 @@ def test_different_seeds_differ():
     assert len({tuple(x) for x in tokens_of(engine, unseeded + unseeded)}) == 10
 
 
-def test_one_token_left_is_greedy():
+def test_filters_that_leave_one_token_are_greedy():
     model = tiny_model()
     want = alone(model, request_of([4, ("image", 1), 3], max_new_tokens=8, ignore_eos=True))
     engine = small_engine(model)
@@ -163,8 +163,8 @@ def test_one_token_left_is_greedy():
     assert len(tokens_of(engine, [request_of([4], **(HOT | dict(top_k=10**400, temperature=1e6)))])[0]) == 8
 
 
-def test_numbers_of_numpy():
-    """As settings of a request; small ones must not overflow in what is counted with them."""
+def test_settings_as_numpy_numbers():
+    """Small integers must not overflow in the sums that the engine makes with them."""
     given = dict(max_new_tokens=np.uint8(9), temperature=np.float32(0.5), top_p=np.float64(0.9), top_k=np.int8(5))
     plain = {name: value.item() for name, value in given.items()}
     engine = small_engine(tiny_model())

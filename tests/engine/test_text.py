@@ -54,7 +54,7 @@ def streamed(engine, request) -> list:
     return tokens
 
 
-def test_the_script():
+def test_streamed_text():
     model, processor, script = scripted(TEXT)
     engine = small_engine(model, processor=processor)
     request = Request.ask("What?", max_new_tokens=60)
@@ -96,7 +96,7 @@ def test_stop_strings(stop):
     assert_idle(engine)
 
 
-def test_an_answer_cut_within_a_character_or_a_doubt():
+def test_an_answer_cut_within_a_character_or_a_possible_stop():
     model, processor, script = scripted(TEXT)
     engine = small_engine(model, processor=processor)
     for count in range(1, len(script)):
@@ -168,7 +168,7 @@ def endless():
 
 @pytest.fixture(scope="module")
 def want(endless):
-    """Of `asked()`."""
+    """Returns the answers to `asked()`."""
     return [alone(endless, request) for request in asked()]
 
 
@@ -198,12 +198,12 @@ def test_first_tokens_come_before_last_ones(endless):
 
 
 def test_cancelled(endless, want):
-    """One that runs, one that waits, and later one that runs, whichever they are: who is prepared first enters."""
+    """One that runs, one that waits, and later one that runs; which ones depends on the order of preparation."""
     engine, requests = watched(small_engine(endless, max_batch=3)), asked()
     cancelled = []
     for number, (request, _) in enumerate(engine.stream(requests)):
         if number == 3:
-            cancelled = [request, engine.scheduler.waiting[-1].request]
+            cancelled = [request, engine.scheduler.admission.waiting[-1].request]
         if number == 8:
             cancelled.append(request)
         if number in (3, 8):
@@ -302,7 +302,7 @@ def in_a_thread(work) -> None:
 
 
 def test_two_threads_at_the_same_time(endless, want):
-    """The second is told so, and the first goes on. One after the other they may, also with one stream."""
+    """The second gets an error, and the first goes on. Threads may take turns, also with one stream."""
     engine, stream = watched(small_engine(endless)), None
 
     def intrude():
@@ -320,11 +320,11 @@ def test_two_threads_at_the_same_time(endless, want):
 
 
 @pytest.mark.parametrize("run", [in_a_thread, lambda work: work()], ids=["in another thread", "by the collector"])
-def test_a_stream_that_is_closed_within_a_step(endless, want, run):
+def test_a_stream_closed_during_a_step(endless, want, run):
     engine, left = watched(small_engine(endless)), asked()
     stream = engine.stream(left)
     next(stream)
-    once_within(engine.scheduler, "_take_slots", lambda: run(stream.close))
+    once_within(engine.runner.pool, "take", lambda: run(stream.close))
     assert_good_as_new(engine, want)
 
 
@@ -344,15 +344,15 @@ def test_a_source_that_asks_the_engine(endless, want):
     assert_idle(engine)
 
 
-def test_something_that_is_no_request(endless):
+def test_an_object_that_is_no_request_is_refused(endless):
     engine = small_engine(endless)
     with pytest.raises(ViCAError, match="a request is a vica.engine.Request, got str"):
         engine.generate([*asked(2), "What is this?"])
     assert_idle(engine)
 
 
-def test_an_engine_goes_with_its_last_user(endless, want):
-    """With its K/V, at once; and its threads end."""
+def test_an_engine_is_freed_with_its_last_reference(endless, want):
+    """With its K/V, at once, without Python's collector; and its threads end."""
     gc.collect()
     before = threading.active_count()
     gc.disable()

@@ -347,7 +347,7 @@ def test_answers_come_in_order_from_batches_grouped_by_image(world, adapter, mon
         return results(order.append(r.id) or r for r in requests)
 
     def counted(batch, longest):
-        batches.append(len(batch.rows))
+        batches.append(len(batch.prompts))
         return decode(batch, longest)
 
     monkeypatch.setattr(lm.engine, "results", recorded)

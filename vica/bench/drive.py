@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from ..engine import Engine, Request
-from ..engine.layout import Layout, lay_out
-from ..engine.runner import Batch, Row
+from ..engine.passes import DecodeBatch, RunningPrompt
+from ..model.prompt import PromptLayout, lay_out
+from ..plan.layer import updates_visual
 from ..utils.errors import ViCAError
 from .inputs import Prompts
 
@@ -18,18 +19,18 @@ class Drive:
         self.engine, self.runner = engine, engine.runner
         self.slots = np.zeros(0, np.int64)
 
-    def admit(self, prompts: Prompts, prefix_kept: bool) -> list[Row]:
+    def admit(self, prompts: Prompts, prefix_kept: bool) -> list[RunningPrompt]:
         """Returns the prompts with room for their answers. A kept prefix is computed at once."""
         layouts = [self._layout(ids, prompts.shape.visual) for ids in prompts.ids]
         prefix, own = layouts[0].prefix, len(layouts[0]) + prompts.shape.answer - 1
         slots = self._take(prefix + own * len(layouts))
         kept, rest = slots[:prefix], slots[prefix:].reshape(len(layouts), own)
         if not prefix_kept:
-            return [Row(layout, lane, mine) for lane, (layout, mine) in enumerate(zip(layouts, rest), 1)]
-        first = Row(layouts[0], 1, np.concatenate([kept, rest[0]]))
+            return [RunningPrompt(layout, lane, mine) for lane, (layout, mine) in enumerate(zip(layouts, rest), 1)]
+        first = RunningPrompt(layouts[0], 1, np.concatenate([kept, rest[0]]))
         self.first_tokens([first], prompts.features[:1])
         return [
-            Row(layout, lane, np.concatenate([kept, mine[prefix:]]), held=prefix)
+            RunningPrompt(layout, lane, np.concatenate([kept, mine[prefix:]]), shared=prefix)
             for lane, (layout, mine) in enumerate(zip(layouts, rest), 1)
         ]
 
@@ -39,7 +40,7 @@ class Drive:
         self.slots = self.slots[:0]
 
     @torch.inference_mode()
-    def give_images(self, rows: list[Row], features: list[torch.Tensor]) -> None:
+    def give_images(self, rows: list[RunningPrompt], features: list[torch.Tensor]) -> None:
         """Gives each prompt its image in the form that its pass takes: frozen K/V, or features that are hidden states
         themselves."""
         if self.runner.images_are_kv:
@@ -48,10 +49,10 @@ class Drive:
             row.images = [image]
 
     @torch.inference_mode()
-    def prefill(self, rows: list[Row]) -> torch.Tensor:
+    def prefill(self, rows: list[RunningPrompt]) -> torch.Tensor:
         return self.runner.prefill(rows)
 
-    def first_tokens(self, rows: list[Row], features: list[torch.Tensor]) -> torch.Tensor:
+    def first_tokens(self, rows: list[RunningPrompt], features: list[torch.Tensor]) -> torch.Tensor:
         self.give_images(rows, features)
         return self.prefill(rows)
 
@@ -60,26 +61,27 @@ class Drive:
         return self.runner.tower(pixels)
 
     @torch.inference_mode()
-    def start_decode(self, rows: list[Row], features: list[torch.Tensor]) -> Batch:
+    def start_decode(self, rows: list[RunningPrompt], features: list[torch.Tensor]) -> DecodeBatch:
         self.first_tokens(rows, features)
         return self.runner.batch(rows)
 
     @torch.inference_mode()
-    def decode(self, batch: Batch, steps: int) -> torch.Tensor:
-        longest = max(len(row.layout) for row in batch.rows)
+    def decode(self, batch: DecodeBatch, steps: int) -> torch.Tensor:
+        longest = max(len(row.layout) for row in batch.prompts)
         for step in range(steps):
             tokens = self.runner.decode(batch, longest + step)
         return tokens
 
-    def _layout(self, ids: list[int], visual: int) -> Layout:
+    def _layout(self, ids: list[int], visual: int) -> PromptLayout:
         config = self.engine.config
-        return lay_out(ids, [visual], config.image_token_index, config.plan, config.text_config.vocab_size)
+        vocabulary = config.text_config.vocab_size
+        return lay_out(ids, [visual], config.image_token_index, vocabulary, updates_visual(config.plan))
 
     def _take(self, count: int) -> np.ndarray:
         pool, more = self.runner.pool, count - len(self.slots)
         if more > 0:
             if not pool.can_take(more):
-                raise torch.OutOfMemoryError(f"{count} rows of text K/V wanted, the engine has {pool.slots}")
+                raise torch.OutOfMemoryError(f"{count} rows of text K/V wanted, the engine has {pool.size}")
             self.slots = np.concatenate([self.slots, pool.take(more)])
         return self.slots[:count]
 

@@ -10,6 +10,7 @@ import torch
 from ..engine import Engine, Request
 from ..engine.image_memory import FEATURES
 from ..plan.config import ViCAConfig
+from ..plan.layer import updates_visual
 from ..plan.sizes import kv_bytes, visual_tokens
 from ..utils.table import table
 from .clock import Timing, failures_noted, progress
@@ -95,7 +96,7 @@ class Formula:
         """Returns the bytes of the prefix once, each image once (dense: once a request), and each request's text and
         longest answer."""
         bytes_of_visual, bytes_of_text = kv_bytes(self.config, self.itemsize)
-        images = usage.requests if self.config.plan[0].updates else usage.number_of_images
+        images = usage.requests if updates_visual(self.config.plan) else usage.number_of_images
         tokens = self.shape.prefix + usage.requests * (self.shape.text + self.shape.answer - 1)
         return tokens * bytes_of_text + images * self.shape.visual * bytes_of_visual
 
@@ -121,8 +122,8 @@ def usage_of_engine(engine: Engine, bytes_of_text: int) -> Usage:
     entries, pool = engine.image_memory.entries.values(), engine.runner.pool
     images = [e for e in entries if e.start != FEATURES and e.users]
     return Usage(
-        len(engine.scheduler.active),
-        (pool.slots - pool.free) * bytes_of_text,
+        engine.scheduler.running,
+        (pool.size - pool.free) * bytes_of_text,
         sum(e.bytes for e in images),
         len(images),
         sum(e.bytes for e in entries if e.start == FEATURES),

@@ -7,14 +7,15 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from ..checkpoint import files
+from ..checkpoint.source import Source
 from ..data.processor import ViCAProcessor
 from ..engine import Engine
-from ..loading import check_device, check_dtype, load
+from ..loading import check_device, check_dtype, load_wired
 from ..model.llava import ViCAForConditionalGeneration
 from ..plan import formats
 from ..plan.config import ViCAConfig
 from ..plan.vica import PUBLISHED
+from ..plan.wiring import Wiring
 from ..testing import build_config, build_tokenizer
 from ..utils.errors import ViCAError
 from .peers import Transformers, fill_tables, share
@@ -62,12 +63,12 @@ def preset_config(name: str) -> ViCAConfig:
     )
 
 
-def read_config(args: argparse.Namespace, wiring: dict) -> ViCAConfig:
+def read_config(args: argparse.Namespace, wiring: Wiring) -> ViCAConfig:
     """Returns the model's config as `accel`, without its weights. `wiring` holds the user's settings that replace
     it."""
     if args.model is None:
-        return files.apply_settings(preset_config(args.preset), **wiring)
-    return files.read_config(files.find_folder(args.model, weights=False), **wiring)
+        return wiring.on(preset_config(args.preset))
+    return Source.at(args.model, weights=False).config(wiring)
 
 
 def random_model(config: ViCAConfig, device, dtype, seed: int = 0) -> ViCAForConditionalGeneration:
@@ -95,11 +96,11 @@ class Models:
         self._wired = {"accel": model}
 
     @classmethod
-    def of(cls, args: argparse.Namespace, wiring: dict) -> "Models":
+    def of(cls, args: argparse.Namespace, wiring: Wiring) -> "Models":
         device = check_device(args.device)
         dtype = check_dtype(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         if args.model is not None:
-            return cls(*load(args.model, device=device, dtype=dtype, **wiring))
+            return cls(*load_wired(args.model, wiring, device, dtype))
         if not isinstance(dtype, torch.dtype):
             raise ViCAError(f"dtype is {dtype!r}; random weights need float32, float16 or bfloat16")
         config = read_config(args, wiring)
@@ -111,7 +112,7 @@ class Models:
 
     def wired(self, variant: str) -> ViCAForConditionalGeneration:
         if variant not in self._wired:
-            config = ViCAConfig(**{**self.config.to_dict(), "variant": variant})
+            config = Wiring(variant).only_on(self.config)
             self._wired[variant] = share(ViCAForConditionalGeneration, config, self.weights, self.device)
         return self._wired[variant]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..bench import counted, evaluation, latency, memory, models, plot, report, throughput, training
 from ..loading import check_device
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.program import quiet_transformers
 from . import common
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     settle(args, module.DEFAULTS[check_device(args.device).type])
     check_files(args)
     quiet_transformers()
-    wiring = common.wiring(args)
+    wiring = Wiring.of_flags(args)
     if module is counted:
         subject = models.read_config(args, wiring)
         config, dtype = subject, None

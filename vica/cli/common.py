@@ -4,9 +4,10 @@ import argparse
 
 from ..data.processor import ViCAProcessor
 from ..engine import Request
-from ..loading import load
+from ..loading import load_wired
 from ..model.llava import ViCAForConditionalGeneration
-from ..plan.vica import VARIANTS, parse_prefix_rule
+from ..plan.vica import VARIANTS
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.program import DEFAULT, quiet_transformers
 
@@ -45,18 +46,9 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-mode", metavar="MODE", help="pad, resize or crop (default: the checkpoint's)")
 
 
-def wiring(args: argparse.Namespace) -> dict:
-    return dict(
-        variant=args.variant,
-        t2v_layers=args.t2v_layers,
-        freeze_prefix=parse_prefix_rule(args.freeze_prefix),
-        recipe=args.config,
-    )
-
-
 def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
     quiet_transformers()
-    model, processor = load(args.model, device=args.device, dtype=args.dtype, **wiring(args))
+    model, processor = load_wired(args.model, Wiring.of_flags(args), args.device, args.dtype)
     if processor is None:
         raise ViCAError(f"{args.model} holds no tokenizer, so it cannot be asked anything")
     return model, processor.changed(args.template, args.image_mode)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint import files
+from ..checkpoint.source import Source
 from ..data.check import Check, Summary
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
@@ -16,6 +16,7 @@ from ..data.samples import open_samples
 from ..data.sources import where_images_from
 from ..loading import load_processor
 from ..plan.sizes import visual_tokens
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.program import quiet_transformers
 from . import common
@@ -57,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
 def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     """The processor, and the positions that an image takes."""
     quiet_transformers()
-    folder = files.find_folder(model, weights=False)
-    config = files.read_config(folder, variant="dense")  # for which a checkpoint need not name its layers
-    processor = load_processor(folder, config)
+    source = Source.at(model, weights=False)
+    config = source.config(Wiring(variant="dense"))  # for which a checkpoint need not name its layers
+    processor = load_processor(source.folder, config)
     if processor is None:
         raise ViCAError(f"{model} holds no tokenizer")
     return processor, visual_tokens(config) or 1

@@ -104,12 +104,12 @@ def run(args) -> None:
 
 def settings(args, model, processor: ViCAProcessor) -> dict:
     """What answers depend on beside the questions. Asked before there is an engine, which fuses weights."""
-    from ..utils.hashing import sample
+    from ..utils.hashing import sample_fingerprint
 
     config = model.config
     return dict(
         model=one_name(args.model),
-        weights=sample(list(model.parameters())),  # a folder's may be trained on, or another model's
+        weights=sample_fingerprint(list(model.parameters())),  # a folder's may be trained on, or another model's
         variant=config.variant,
         t2v_layers=config.t2v_layers,
         freeze_prefix=config.freeze_prefix,

@@ -1,12 +1,15 @@
 """Show a checkpoint's wiring and what an image costs in it."""
 
+from dataclasses import replace
+
 import torch
 
-from ..checkpoint import files
+from ..checkpoint.source import Source
 from ..model.llava import ViCAForConditionalGeneration
 from ..plan.config import ViCAConfig
 from ..plan.flops import dense, visual_flops
 from ..plan.sizes import kv_bytes, visual_tokens
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from . import common
 
@@ -24,14 +27,14 @@ def run(args) -> None:
 
 
 def read(args) -> ViCAConfig:
-    folder, settings = files.find_folder(args.model, weights=False), common.wiring(args)
+    source, wiring = Source.at(args.model, weights=False), Wiring.of_flags(args)
     try:
-        return files.read_config(folder, **settings)
+        return source.config(wiring)
     except ViCAError as error:
         if args.variant or args.t2v_layers or "needs t2v_layers" not in str(error):
             raise
         print(f"note: {error}; shown as dense")
-        return files.read_config(folder, **{**settings, "variant": "dense"})
+        return source.config(replace(wiring, variant="dense"))
 
 
 def describe(config: ViCAConfig) -> list[tuple[str, str]]:
@@ -49,7 +52,7 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
     }
     visual = visual_tokens(config)
     ours, full = visual_flops(config, visual, PREFIX), visual_flops(dense(config), visual, PREFIX)
-    image_token, text_token = kv_bytes(config)
+    image, text_token = kv_bytes(config, visual=visual)
     lines = [
         ("variant", config.variant),
         ("backbone", f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads "
@@ -65,7 +68,7 @@ def describe(config: ViCAConfig) -> list[tuple[str, str]]:
         lines += [
             ("an image", f"{visual} visual tokens"),
             ("visual FLOPs", f"{ours:.3g} of {full:.3g} dense ({share:.1f}%), after {PREFIX} tokens of text"),
-            ("KV bytes", f"{image_token * visual:,} an image, {text_token:,} a text token (16 bit)"),
+            ("KV bytes", f"{image:,} an image, {text_token:,} a text token (16 bit)"),
         ]
     return lines
 

@@ -1,4 +1,4 @@
-"""Fast inference for many requests. `Engine(model, processor).generate([Request.ask("...", ["picture.png"])])`"""
+"""Answer many requests fast: `Engine(model, processor).generate([Request.ask("...", ["picture.png"])])`."""
 
 from .engine import Engine
 from .request import Request, Result, Token

@@ -1,4 +1,4 @@
-"""The engine: requests in any number and mix, answered in continuous batches.
+"""Answer requests in any number and mix, in continuous batches.
 
 engine = Engine(model, processor)
 results = engine.generate([Request.ask("What is this?", ["a.jpg"]), ...])
@@ -15,14 +15,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..data.processor import ViCAProcessor
 from ..kernels.weights import check_plain
 from ..model.generation import PLAIN
 from ..model.llava import ViCAForConditionalGeneration
+from ..plan.config import ViCAConfig
 from ..plan.layer import is_uniform
 from ..plan.sizes import visual_tokens
 from ..utils.errors import ViCAError
@@ -32,25 +35,29 @@ from .image_memory import ImageMemory
 from .inputs import Inputs
 from .request import Request, Result, Token
 from .runner import Runner
-from .scheduler import Scheduler, Sequence
+from .scheduler import Scheduler
+from .sequence import Outcome, Sequence
 from .text import TextStream
 
 log = logging.getLogger(__name__)
 
-AHEAD = 2  # batches of requests that are prepared before they are let in
+PREFETCH_BATCHES = 2  # batches of requests that are prepared before they enter
 
 
 class Engine:
-    """`kv_bytes` bounds the K/V of text, `image_memory_bytes` what is held of images; both default to shares of the
-    card's free memory, on a CPU to 1 GiB each. `keep_prefix` and `keep_images` False: nothing outlives its request.
+    """Answers requests with one model.
+
+    `kv_bytes` bounds the K/V of text, `image_memory_bytes` the K/V and features of images; both default to shares of
+    the card's free memory, on a CPU to 1 GiB each. With `keep_prefix` and `keep_images` False, nothing outlives its
+    request.
 
     The model's weights are fused in place: it stays usable, but must not be moved or changed while the engine lives.
     """
 
     def __init__(
         self,
-        model,
-        processor=None,
+        model: ViCAForConditionalGeneration,
+        processor: ViCAProcessor | None = None,
         *,
         max_batch: int | None = None,
         kv_bytes: int | None = None,
@@ -59,22 +66,16 @@ class Engine:
         keep_images: bool = True,
         cuda_graphs: bool = True,
         workers: int | None = None,
-    ):
-        if not isinstance(model, ViCAForConditionalGeneration):
-            raise ViCAError(f"the engine runs a ViCAForConditionalGeneration, not a {type(model).__name__}")
-        if model.config.variant not in ("accel", "dense"):
-            raise ViCAError(f"the engine runs variants accel and dense, not {model.config.variant!r}")
-        if not is_uniform(model.config.plan):
-            raise ViCAError(
-                "the engine runs plans with the same visual tokens in every layer, and this model's plan mixes or "
-                "drops them: use model.generate"
-            )
+    ) -> None:
+        check_model(model)
+        assert isinstance(model.config, ViCAConfig)
         self.model, self.processor, self.config = model.eval(), processor, model.config
         check_plain(model.lm_head)
         budget = Budget.of(model, max_batch, kv_bytes, image_memory_bytes)
         with torch.inference_mode(False), torch.no_grad():
-            self.runner = Runner(model, budget.max_batch, budget.slots, cuda_graphs)
-        made_of = partial(binding, model, self.runner, processor)  # no method: nothing may hold the engine but its user
+            self.runner = Runner(model, budget.max_batch, budget.kv_tokens, cuda_graphs)
+        # No method: only its user may hold the engine, or its memory would wait for Python's collector.
+        made_of = partial(binding, model, self.runner, processor)
         self.image_memory = ImageMemory(budget.image_bytes, model.device, made_of, keep_images)
         self.inputs = Inputs(self.config, processor, visual_tokens(self.config), self.image_memory.knows, keep_prefix)
         self.threads = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), "vica-inputs")
@@ -85,9 +86,9 @@ class Engine:
         self.max_batch, self.turn = budget.max_batch, threading.Lock()
 
     def generate(self, requests: Iterable[Request], progress: bool = False) -> list[Result]:
-        """The results, in order. A request that fails says why in its result; the others are answered."""
+        """Returns the results, in order. A request that fails says why in its result; the others are answered."""
         requests = list(requests)
-        results: list[Result | None] = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), disable=not progress, unit=" answers") as bar:
             for place, request, _ in self._run(requests, streaming=False):
                 results[place] = request.result
@@ -95,73 +96,107 @@ class Engine:
         return results
 
     def results(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Each request when its `result` is there, in any order. Leaving the loop cancels the rest."""
+        """Yields each request when it has its `result`, in any order. Leaving the loop cancels the rest."""
         for _, request, _ in self._run(requests, streaming=False):
             yield request
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
-        """Tokens as they come, of all requests in any order; `request.result` is there with its last token, and of one
-        that failed when the stream ends. Leaving the loop cancels the rest."""
+        """Yields the tokens of all requests as they come, in any order. `request.result` is there with the last token,
+        and that of a failed request when the stream ends. Leaving the loop cancels the rest."""
         for _, request, token in self._run(requests, streaming=True):
             if token is not None:
                 yield request, token
 
     def cancel(self, request: Request) -> None:
-        """Its result comes with what it has so far, or where it is still to be drawn, as soon as it is."""
+        """Ends a request with the tokens that it has so far; one that the engine has yet to draw from its source ends
+        as soon as it is drawn."""
         request.cancelled = request.result is None
 
     def warm_up(self, batches: Iterable[int] = (1, 8, 64), text: int = 60) -> float:
-        """Compiles and captures what batches of these sizes, with prompts of so much text, would otherwise wait for at
-        first; the seconds it took. Text is less where the model's window is, and images are fewer where the image
-        memory has no room beside what it holds."""
-        start, vision = time.perf_counter(), self.config.vision_config
+        """Compiles and captures what the first batches of these sizes, with prompts of so many text tokens, would wait
+        for. Returns the seconds it took. The text is shorter where the model's window is, and there are fewer images
+        where the image memory has no room for more beside its entries."""
+        start = time.perf_counter()
+        vision: Any = self.config.vision_config
         for size in (min(size, self.max_batch) for size in batches):
-            for _ in range(3):  # a captured pass runs plainly first, then it is captured, then replayed
-                held = set(self.image_memory.entries)
-                results = self.generate(self._strangers(size, text))
-                self.image_memory.clear(set(self.image_memory.entries) - held)
+            for _ in range(3):  # a captured pass runs uncaptured first, then it is captured, then replayed
+                before = set(self.image_memory.entries)
+                results = self.generate(self._unseen_requests(size, text))
+                self.image_memory.clear(set(self.image_memory.entries) - before)
                 if failed := [r.error for r in results if r.error]:
                     raise ViCAError(f"warming up with {size} requests failed: {failed[0]}")
                 if vision is not None:
-                    with self._alone(), torch.inference_mode():
+                    with self._one_thread(), torch.inference_mode():
                         self.runner.encode(np.zeros((size, 3, vision.image_size, vision.image_size), np.float32))
         return time.perf_counter() - start
 
-    def _strangers(self, count: int, text: int, answer: int = 4) -> list[Request]:
-        """Requests about images that nobody has seen, in number and length as there is room for."""
+    def _unseen_requests(self, count: int, text: int, answer: int = 4) -> list[Request]:
+        """Returns synthetic requests about unseen images, in a number and length that fit the engine's limits."""
         memory, visual, width = self.image_memory, max(1, self.inputs.visual_tokens), self.inputs.width
-        features = visual * width * self.runner.dtype.itemsize  # kept beside the K/V that are made of them
+        features = visual * width * self.runner.dtype.itemsize  # kept beside the K/V computed from them
         bytes_each = self.runner.image_bytes(visual) + (features if self.runner.images_are_kv else 0)
         positions = self.runner.width - (answer - 1)
         images = min(count, (memory.limit - memory.bytes) // bytes_each) if visual < positions else 0
         text = max(1, min(text, positions - visual if images else positions))
-        word, place = min(3, self.inputs.vocabulary - 1), self.inputs.image_token
-        prompt = [word] * (text // 2) + [place] * (images > 0) + [word] * (text - text // 2)
+        word, placeholder = min(3, self.inputs.vocabulary - 1), self.inputs.image_token
+        prompt = [word] * (text // 2) + [placeholder] * (images > 0) + [word] * (text - text // 2)
         shown = [[x] for x in torch.randn(images, visual, width)] or [[]]
         return [Request(prompt, shown[i % len(shown)], answer, ignore_eos=True) for i in range(count)]
 
-    def _run(self, requests: Iterable[Request], streaming: bool):
-        """A request's place, itself and a token, for each token when streaming and at the end, then with its result."""
-        source, places, sink, more = enumerate(requests), {}, deque(), True
-        scheduler = self.scheduler
+    # --- one call ---
+
+    def _run(self, requests: Iterable[Request], streaming: bool) -> Iterator[tuple[int, Request, Token | None]]:
+        """Yields a request's place, the request and a token: for each token when streaming, and with its result."""
+        source = enumerate(requests)
+        places: dict[Sequence, int] = {}  # of this call's requests that have no result yet
+        outcomes: deque[Outcome] = deque()  # that the scheduler has made and this call has not yielded
+        more = True
         try:
             while more or places:
-                while more and len(scheduler.waiting) < AHEAD * self.max_batch:
-                    if more := (following := next(source, None)) is not None:
-                        with self._alone():
-                            places[self._submit(following[1], sink, streaming)] = following[0]
-                with self._alone(), torch.inference_mode():
-                    scheduler.step()
-                while sink:
-                    sequence, token, result = sink.popleft()
+                while more and self.scheduler.waiting < PREFETCH_BATCHES * self.max_batch:
+                    more = self._submit_next(source, places, outcomes, streaming)
+                with self._one_thread(), torch.inference_mode():
+                    self.scheduler.step()
+                while outcomes:
+                    sequence, token, result = outcomes.popleft()
                     deliver(sequence, result)
-                    yield places[sequence] if result is None else places.pop(sequence), sequence.request, token
+                    place = places[sequence] if result is None else places.pop(sequence)
+                    yield place, sequence.request, token
         finally:
-            self._leave(places, sink)
+            self._cancel_rest(places, outcomes)
 
-    def _leave(self, sequences: Iterable[Sequence], sink: deque) -> None:
-        """Cancels what is left. Where a stream is closed within a step, by another thread or by Python's collector, the
-        next step drops it."""
+    def _submit_next(
+        self,
+        source: Iterator[tuple[int, Request]],
+        places: dict[Sequence, int],
+        outcomes: deque[Outcome],
+        streaming: bool,
+    ) -> bool:
+        """Submits the source's next request; returns False if there is none. Drawing it needs no turn, so that a source
+        may itself ask the engine."""
+        if (following := next(source, None)) is None:
+            return False
+        place, request = following
+        with self._one_thread():
+            places[self._submit(request, outcomes, streaming)] = place
+        return True
+
+    def _submit(self, request: Request, sink: deque[Outcome], streaming: bool) -> Sequence:
+        """Starts to prepare a request and makes it wait for its turn."""
+        if not isinstance(request, Request):
+            raise ViCAError(f"a request is a vica.engine.Request, got {type(request).__name__}")
+        request.result = None
+        processor = self.processor if streaming or request.stops else None
+        stream = None if processor is None else TextStream(processor, request.stops)
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        prepared = self.threads.submit(self.inputs.prepare, request)
+        sequence = Sequence(request, prepared, seed, self.processor, stream, sink, streaming)
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def _cancel_rest(self, sequences: Iterable[Sequence], outcomes: Iterable[Outcome]) -> None:
+        """Cancels what a call has left. If the call is closed during a step, by another thread or by Python's
+        collector, the next step drops its sequences."""
         for sequence in sequences:
             sequence.cancelled = True
         if self.turn.acquire(blocking=False):
@@ -169,12 +204,13 @@ class Engine:
                 self.scheduler.drop_cancelled()
             finally:
                 self.turn.release()
-        for sequence, _, result in sink:
+        for sequence, _, result in outcomes:
             deliver(sequence, result)
 
     @contextmanager
-    def _alone(self):
-        """Held only while the scheduler works: streams may wait side by side, and nest."""
+    def _one_thread(self) -> Iterator[None]:
+        """Holds the engine while the scheduler works, and only then: calls may take turns, and nest. Raises ViCAError
+        where another thread holds it."""
         if not self.turn.acquire(blocking=False):
             raise ViCAError("two threads use this engine at the same time: one at a time may")
         try:
@@ -182,27 +218,28 @@ class Engine:
         finally:
             self.turn.release()
 
-    def _submit(self, request: Request, sink: deque, streaming: bool) -> Sequence:
-        if not isinstance(request, Request):
-            raise ViCAError(f"a request is a vica.engine.Request, got {type(request).__name__}")
-        request.result = None
-        readable = self.processor is not None and (streaming or request.stops)
-        stream = TextStream(self.processor, request.stops) if readable else None
-        seed = secrets.randbits(62) if request.seed is None else request.seed
-        prepared = self.threads.submit(self.inputs.prepare, request)
-        prepared.add_done_callback(self.scheduler.arrivals.add)
-        sequence = Sequence(request, prepared, seed, stream, sink, streaming)
-        self.scheduler.waiting.append(sequence)
-        return sequence
+
+def check_model(model: Any) -> None:
+    """Raises ViCAError for models that the engine cannot run."""
+    if not isinstance(model, ViCAForConditionalGeneration):
+        raise ViCAError(f"the engine runs a ViCAForConditionalGeneration, not a {type(model).__name__}")
+    if model.config.variant not in ("accel", "dense"):
+        raise ViCAError(f"the engine runs variants accel and dense, not {model.config.variant!r}")
+    if not is_uniform(model.config.plan):
+        raise ViCAError(
+            "the engine runs plans with the same visual tokens in every layer, and this model's plan mixes or "
+            "drops them: use model.generate"
+        )
 
 
 def deliver(sequence: Sequence, result: Result | None) -> None:
+    """Gives a request its result."""
     if result is not None:
         sequence.request.result, sequence.request.cancelled = result, False
 
 
-def warn_of_ignored(generation_config) -> None:
-    """Settings that a checkpoint may bring and `generate` would obey."""
+def warn_of_ignored(generation_config: Any) -> None:
+    """Warns of settings that a checkpoint brings, and that the engine ignores but `model.generate` obeys."""
     harmless = PLAIN | {"bad_words_ids": None}
     given = {name: getattr(generation_config, name, None) for name in harmless}
     if ignored := [f"{name}={given[name]}" for name in harmless if given[name] not in (None, harmless[name])]:
@@ -210,18 +247,27 @@ def warn_of_ignored(generation_config) -> None:
 
 
 # What decides a tower's features beside its weights.
-OF_TOWER = ("model_type", "name", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+TOWER_SETTINGS = (
+    "model_type",
+    "name",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
 
 
-def binding(model, runner: Runner, processor) -> dict:
-    """What kept K/V and features are made of: another value, and they mean nothing."""
+def binding(model: Any, runner: Runner, processor: ViCAProcessor | None) -> dict[str, Any]:
+    """Returns a fingerprint of everything that stored image K/V and features depend on. If any entry differs, a saved
+    image memory is rejected."""
     config, text, layers = model.config, model.config.text_config, runner.decoder.image_layers
-    tower = {name: getattr(config.vision_config, name, None) for name in OF_TOWER}
+    tower = {name: getattr(config.vision_config, name, None) for name in TOWER_SETTINGS}
     vision = [p for n, p in model.named_parameters() if "vision_tower" in n or "mm_projector" in n]
-    making_kv = [t for i in layers for t in runner.decoder.layers[i].makers_of_kv()]
+    kv_weights = [t for i in layers for t in runner.decoder.layers[i].kv_weights()]
     return {
         "layers": layers,
-        "weights": fingerprint([*vision, *making_kv]),
+        "weights": fingerprint([*vision, *kv_weights]),
         "dtype": str(model.dtype),
         "rotary": [text.head_dim, text.rope_parameters],
         "norm": text.rms_norm_eps,

@@ -1,8 +1,8 @@
-"""The image memory: features and frozen K/V of images by the hash of their content, so that any number of questions
-about an image costs its tower, projector and K/V once.
+"""Keep features and frozen K/V of images by the hash of their content, so that any number of questions about an image
+costs its tower, projector and K/V once.
 
-An entry is an image's features, or its K/V at one start position. Entries in use stay; the others go, the longest
-unused first, when room is needed. The memory can be saved and loaded again for the same weights and layers.
+An entry is an image's features, or its K/V at one start position. Entries in use stay; the others go when room is
+needed, the longest unused first. A memory can be saved, and loaded again for the same weights and layers.
 """
 
 import json
@@ -10,8 +10,10 @@ import logging
 import os
 import struct
 from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,14 +23,20 @@ from ..utils.errors import ViCAError
 log = logging.getLogger(__name__)
 
 FORMAT = "vica image memory 1"
-FEATURES = -1  # in place of a start position
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+FEATURES = -1  # in place of a start position: the entry is features, not K/V
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+Name = tuple[str, int]  # key and start of an entry
+StrPath = str | os.PathLike[str]
 
 
 @dataclass(eq=False)
 class Entry:
+    """Features or K/V of one image."""
+
     key: str
-    start: int  # position of the first token; FEATURES: not K/V
+    start: int  # position of the first token, or FEATURES
     bytes: int
     users: int = 0
     tensor: torch.Tensor | None = None  # None until it is computed
@@ -37,28 +45,32 @@ class Entry:
 class ImageMemory:
     """`limit` bounds the bytes of all entries, in use or kept. `keep=False`: entries go with their last user."""
 
-    def __init__(self, limit: int, device: torch.device, binding, keep: bool = True):
-        """`binding()` says which weights, layers and preprocessing the entries belong to."""
+    def __init__(
+        self, limit: int, device: torch.device, binding: Callable[[], dict[str, Any]], keep: bool = True
+    ) -> None:
+        """`binding()` returns the weights, layers and preprocessing that the entries belong to."""
         self.limit, self.device, self.binding, self.keep = limit, device, binding, keep
-        self.entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()  # least recently used first
+        self.entries: OrderedDict[Name, Entry] = OrderedDict()  # least recently used first
         self.bytes = self.in_use = 0
-        self.hits = self.misses = self.evictions = 0  # of entries that requests came with
+        self.hits = self.misses = self.evictions = 0  # counted over the entries that requests needed
 
     def __len__(self) -> int:
+        """Returns the number of images."""
         return len({key for key, _ in self.entries})
 
     def knows(self, key: str, start: int) -> bool:
-        """Whether an image at this place needs neither pixels nor tower."""
+        """Whether an image at this position needs neither pixels nor tower."""
         return (key, FEATURES) in self.entries or (key, start) in self.entries
 
     def find(self, key: str, start: int = FEATURES) -> Entry | None:
+        """Returns the entry, which is then the most recently used."""
         if (entry := self.entries.get((key, start))) is not None:
             self.entries.move_to_end((key, start))
         return entry
 
     def acquire(self, key: str, start: int, size: int) -> Entry | None:
-        """The entry, in use by one more; a new one is empty and must be filled. None: no room as long as others use
-        what they use."""
+        """Returns the entry with one more user. A new one is empty, and the caller fills it. None: there is no room
+        beside the entries in use."""
         entry = self.find(key, start)
         if entry is None:
             if not self._make_room(size):
@@ -70,6 +82,7 @@ class ImageMemory:
         return entry
 
     def release(self, entry: Entry) -> None:
+        """Takes one user off an entry."""
         entry.users -= 1
         if not entry.users:
             self.in_use -= entry.bytes
@@ -77,13 +90,13 @@ class ImageMemory:
                 self._remove(entry)
 
     def offer(self, key: str, start: int, tensor: torch.Tensor) -> None:
-        """Keeps what is useful but in nobody's use, if there is room."""
+        """Keeps a tensor that no request uses now, if there is room."""
         size = tensor.numel() * tensor.element_size()
         if self.keep and (key, start) not in self.entries and self._make_room(size):
             self._insert(Entry(key, start, size, tensor=tensor))
 
-    def clear(self, names=None) -> None:
-        """Forgets what is in nobody's use: the entries of these names, (key, start), or all."""
+    def clear(self, names: Collection[Name] | None = None) -> None:
+        """Removes unused entries: those of these names, (key, start), or all."""
         for entry in [e for name, e in self.entries.items() if not e.users and (names is None or name in names)]:
             self._remove(entry)
 
@@ -107,29 +120,30 @@ class ImageMemory:
 
     # --- files ---
 
-    def save(self, path: str | os.PathLike) -> int:
-        """Writes all that is held as one safetensors file, tensor by tensor; the number of images."""
-        held = [e for e in self.entries.values() if e.tensor is not None]
-        header, at = {"__metadata__": {"format": FORMAT, "binding": json.dumps(self.binding())}}, 0
-        for entry in held:
-            shape = list(entry.tensor.shape)
-            header[name_of(entry)] = dict(
-                dtype=NAMES[entry.tensor.dtype], shape=shape, data_offsets=[at, at + entry.bytes]
-            )
+    def save(self, path: StrPath) -> int:
+        """Writes all entries as one safetensors file, tensor by tensor, and returns the number of images."""
+        stored = [(entry, entry.tensor) for entry in self.entries.values() if entry.tensor is not None]
+        metadata = {"format": FORMAT, "binding": json.dumps(self.binding())}
+        header: dict[str, dict[str, Any]] = {"__metadata__": metadata}
+        at = 0
+        for entry, tensor in stored:
+            place = dict(data_offsets=[at, at + entry.bytes])
+            header[name_of(entry)] = dict(dtype=DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape)) | place
             at += entry.bytes
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         unfinished = Path(f"{os.fspath(path)}.unfinished")
         with open(unfinished, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for entry in held:
-                flat = entry.tensor.detach().contiguous().cpu().flatten()
+            for _, tensor in stored:
+                flat = tensor.detach().contiguous().cpu().flatten()
                 file.write(flat.view(torch.uint8).numpy().data)
         os.replace(unfinished, path)
-        return len({e.key for e in held})
+        return len({entry.key for entry, _ in stored})
 
-    def load(self, path: str | os.PathLike) -> int:
-        """Adds what a file holds, as far as there is room, behind what is held already; the number of images."""
+    def load(self, path: StrPath) -> int:
+        """Adds a file's entries as far as there is room, as less recently used than those that are here already.
+        Returns the number of images."""
         try:
             with safe_open(path, "pt") as file:
                 self._check(file.metadata() or {}, path)
@@ -139,7 +153,7 @@ class ImageMemory:
         except (OSError, SafetensorError) as error:
             raise ViCAError(f"image memory {os.fspath(path)!r}: cannot be read ({error})") from error
 
-    def _load(self, file, names: list[str], path) -> int:
+    def _load(self, file: Any, names: list[str], path: StrPath) -> int:
         loaded, left = set(), 0
         for name in reversed(names):  # the most recently used first, in case not all fit
             key, _, start = name.rpartition("@")
@@ -157,7 +171,8 @@ class ImageMemory:
             log.warning("%s: %d of %d entries do not fit into %d bytes", path, left, len(names), self.limit)
         return len(loaded)
 
-    def _check(self, metadata: dict, path) -> None:
+    def _check(self, metadata: dict[str, str], path: StrPath) -> None:
+        """Raises ViCAError where the file belongs to another model, or is no image memory."""
         try:
             theirs = dict(json.loads(metadata["binding"])) if metadata.get("format") == FORMAT else None
         except (KeyError, TypeError, ValueError):
@@ -174,4 +189,5 @@ class ImageMemory:
 
 
 def name_of(entry: Entry) -> str:
+    """Returns the entry's name in a file."""
     return f"{entry.key}@{entry.start}"

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Define what callers give the engine and get back: requests, tokens and results."""
 
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -8,20 +8,22 @@ from ..data.images import as_list
 from ..data.messages import shorten
 from ..utils.errors import ViCAError
 
-MAX_TEMPERATURE = 1e6  # far beyond any use, and no float32 overflows
+MAX_TEMPERATURE = 1e6  # far beyond any use, and low enough that no float32 overflows
 
 
 @dataclass(eq=False)
 class Request:
-    """`prompt`: a rendered prompt with an `<image>` mark for each image, chat messages, or token ids with a placeholder
+    """A question about any number of images.
+
+    `prompt`: a rendered prompt with an `<image>` mark for each image, chat messages, or token ids with a placeholder
     for each image. `images`, in reading order: paths, URLs, bytes, PIL images, or features [tokens, width] already
     projected. Messages may hold their images themselves.
 
-    Greedy at temperature 0. `seed` None draws one; a given seed gives the same tokens whatever else is in the batch.
+    Temperature 0 is greedy. `seed` None draws one; a given seed gives the same tokens whatever else is in the batch.
     """
 
-    prompt: str | list
-    images: list = field(default_factory=list)
+    prompt: str | list[Any]
+    images: list[Any] = field(default_factory=list)
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
@@ -29,13 +31,13 @@ class Request:
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    id: Any = None  # the caller's own name for it
+    id: Any = None  # the caller's own name for the request
     result: "Result | None" = field(default=None, init=False, repr=False)
-    cancelled: bool = field(default=False, init=False, repr=False)  # by `Engine.cancel`, until its result is there
+    cancelled: bool = field(default=False, init=False, repr=False)  # by `Engine.cancel`, until the result is there
 
     @classmethod
-    def ask(cls, question: str, images=(), **options) -> "Request":
-        """One question about some images, in the model's own template."""
+    def ask(cls, question: str, images: Any = (), **options: Any) -> "Request":
+        """Returns a question about some images, in the model's own template."""
         images = as_list(images)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
         return cls([{"role": "user", "content": content}], images, **options)
@@ -43,13 +45,13 @@ class Request:
     @property
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        return list(stops) if isinstance(stops, (list, tuple)) else []  # `check` refuses what else there may be
+        return list(stops) if isinstance(stops, (list, tuple)) else []  # `check` refuses anything else
 
     def check(self) -> None:
-        whole = {"max_new_tokens": (self.max_new_tokens, 1), "top_k": (self.top_k, 0)}
-        for name, (value, least) in whole.items():
-            if not is_whole(value) or value < least:
-                raise ViCAError(f"{name} is {shorten(value)}; it must be a whole number from {least}")
+        """Raises ViCAError for settings that cannot be followed."""
+        for name, number, least in (("max_new_tokens", self.max_new_tokens, 1), ("top_k", self.top_k, 0)):
+            if not is_whole(number) or number < least:
+                raise ViCAError(f"{name} is {shorten(number)}; it must be a whole number from {least}")
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature <= MAX_TEMPERATURE):
             value = shorten(self.temperature)
             raise ViCAError(f"temperature is {value}; it must be a number from 0 to {MAX_TEMPERATURE:g}")
@@ -62,17 +64,17 @@ class Request:
             raise ViCAError(f"stop is {shorten(self.stop)}; it must be one or more non-empty strings")
 
 
-def is_whole(value) -> bool:
-    """numpy's numbers too; True is none."""
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, Python's or numpy's; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Token(int):
-    """A token id as it is streamed, with the text that it completes."""
+    """A token id as the engine streams it, with the text that it completes."""
 
     text: str
 
-    def __new__(cls, value: int, text: str = ""):
+    def __new__(cls, value: int, text: str = "") -> "Token":
         token = super().__new__(cls, value)
         token.text = text
         return token
@@ -80,16 +82,19 @@ class Token(int):
 
 @dataclass
 class Result:
-    """`finish_reason`: "stop" (end mark or stop string), "length", "cancelled", or "error", which `error` explains.
-    `tokens` are those of `model.generate`, the end mark included; `text` ends before a stop string. It does not hold
-    its request: two objects that hold each other live until Python's collector comes round, and images are large."""
+    """An answer.
 
-    id: Any  # its request's
+    `finish_reason`: "stop" (end mark or stop string), "length", "cancelled", or "error", which `error` explains.
+    `tokens` are those of `model.generate`, the end mark included; `text` ends before a stop string. A result does not
+    hold its request: two objects that hold each other live until Python's collector runs, and images are large.
+    """
+
+    id: Any  # that of the request
     text: str
     tokens: list[int]
     finish_reason: str
     error: str | None = None
-    prompt_tokens: int = 0  # visual ones included
-    queued_s: float = 0.0  # until it was admitted
-    first_token_s: float | None = None  # since it was submitted
+    prompt_tokens: int = 0  # visual tokens included
+    queued_s: float = 0.0  # seconds from submission to admission
+    first_token_s: float | None = None  # seconds from submission
     total_s: float = 0.0

@@ -1,238 +1,200 @@
-"""The model's passes: pixels to features, features to frozen K/V, prompts to first tokens, tokens to next tokens.
+"""Run the model's passes: pixels to features, features to frozen K/V, prompts to first tokens, tokens to next tokens.
 
-A *lane* is a place in the batch. Its last token, position and number of rows live on the device, so that a decode step
-needs nothing from the host unless the batch has changed. Lane 0 belongs to the padding rows of captured passes, and
-slot 0 takes their K/V.
+The device holds each batch slot's last token, next position and number of text tokens, so a decode step needs nothing
+from the host unless the batch has changed.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..kernels.layer_torch import Shape, TorchOps
-from ..kernels.work import Step, block_of, cut_tiles, image_arrays, image_places, image_work, to_device
+from ..kernels.transfer import integers_to_device, to_device
+from ..kernels.work import Step, image_places
+from ..model.prompt import VISUAL
+from ..plan.layer import updates_visual
 from ..plan.sizes import visual_tokens
 from .decoder import Decoder
 from .graphs import Graphs
 from .kv import TextPool
-from .layout import VISUAL, Layout
+from .passes import DecodeBatch, PrefillPass, RunningPrompt
 from .sampling import sample
 from .tower import CAPTURED_IMAGES, IMAGES, Tower
 
-CAPTURED_ROWS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # prefills up to here are captured
-LONG_TEXT = 256  # text keys from which on a row's attention is cut into parts, where the batch is small
+LONG_TEXT = 256  # text tokens from which on attention over a prompt's keys is split, where the batch is small
+MAX_SPLITS = 8
 
-
-@dataclass(eq=False)
-class Row:
-    """A prompt in a lane: what the passes need to know of it."""
-
-    layout: Layout
-    lane: int
-    slots: np.ndarray  # of its rows, those to come included
-    held: int = 0  # leading rows whose K/V other rows have made, or make in the same pass
-    images: list[torch.Tensor] = field(default_factory=list)  # K/V of each; dense: features of each, rows themselves
-    sampling: tuple | None = None  # temperature, top_k, top_p, seed; None: greedy
+Tensors = Mapping[str, torch.Tensor]
+LogitsAndTokens = tuple[torch.Tensor, torch.Tensor]
 
 
 class Runner:
-    def __init__(self, model, max_batch: int, slots: int, cuda_graphs: bool):
+    """One model on one device, with room for `max_batch` running prompts and the K/V of `kv_tokens` text tokens."""
+
+    def __init__(self, model: Any, max_batch: int, kv_tokens: int, cuda_graphs: bool) -> None:
         self.model, config = model, model.config
-        text, self.device, self.dtype = config.text_config, model.device, model.dtype
-        self.images_are_kv = not config.plan[0].updates
+        text = config.text_config
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.images_are_kv = not updates_visual(config.plan)
         self.freezes_prefix = any(not p.prefix_attends for p in config.plan)
         self.width = text.max_position_embeddings
-        rope = model.model.rotary(torch.arange(self.width, device=self.device), torch.float32)
-        self.ops = make_ops(Shape.of(text), *rope, self.dtype)
-        self.pool = TextPool(len(config.plan), slots, text.num_key_value_heads, text.head_dim, self.dtype, self.device)
+        cos, sin = model.model.rotary(torch.arange(self.width, device=self.device), torch.float32)
+        self.ops = make_ops(Shape.of(text), cos, sin)
+        heads, dim = text.num_key_value_heads, text.head_dim
+        self.pool = TextPool(len(config.plan), kv_tokens, heads, dim, self.dtype, self.device)
         self.decoder = Decoder(model.model.layers, config.plan, self.ops, self.pool.kv)
         self.graphs = Graphs(self.device, cuda_graphs and self.device.type == "cuda")
         self.tower = Tower(model, self.graphs) if hasattr(model.model, "vision_tower") else None
-        self.visual_tokens, self.image_rows = visual_tokens(config), {}  # features of captured passes, by their number
-        lanes = max_batch + 1
-        self.table = torch.zeros(lanes, self.width, dtype=torch.int64, device=self.device)
-        self.last_ids, self.next_pos, self.length = torch.zeros(3, lanes, dtype=torch.int64, device=self.device)
+        self.visual_tokens = visual_tokens(config)
+        self.captured_features: dict[int, torch.Tensor] = {}  # inputs of captured passes, by number of images
+        batch_slots = max_batch + 1
+        self.kv_table = torch.zeros(batch_slots, self.width, dtype=torch.int64, device=self.device)
+        state = torch.zeros(3, batch_slots, dtype=torch.int64, device=self.device)
+        self.last_ids, self.next_position, self.length = state
         cuda = self.device.type == "cuda"
         self.blocks_wanted = torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
 
     # --- images ---
 
     def image_bytes(self, tokens: int) -> int:
-        """Of what a running request holds of an image."""
+        """Returns what a running request holds of an image of so many tokens: K/V, or in dense features."""
         text, layers = self.model.config.text_config, len(self.decoder.image_layers)
         kv = 2 * text.num_key_value_heads * text.head_dim * layers
-        return tokens * self.dtype.itemsize * (kv if self.images_are_kv else text.hidden_size)
+        values_each: int = kv if self.images_are_kv else text.hidden_size
+        return tokens * values_each * self.dtype.itemsize
 
     def encode(self, pixels: np.ndarray) -> list[torch.Tensor]:
-        """[n, 3, H, W] to the features of each image."""
-        pixels = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return self.tower(pixels)
+        """Returns the features of each image of [n, 3, H, W], [tokens, width]."""
+        if self.tower is None:
+            raise RuntimeError("this model has no vision tower")
+        return self.tower(to_device(pixels, self.device))
 
-    def image_kv(self, features: list[torch.Tensor], starts: list[int]) -> list[torch.Tensor]:
-        """Frozen K/V of images whose first tokens stand at `starts`."""
+    def image_kv(self, features: Sequence[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
+        """Returns the frozen K/V of images whose first tokens stand at the positions `starts`."""
         images = self.decoder.empty_images([len(x) for x in features])
         for i in range(0, len(images), IMAGES):
             self._fill_images(images[i : i + IMAGES], features[i : i + IMAGES], starts[i : i + IMAGES])
         return images
 
-    def _fill_images(self, images, features, starts) -> None:
-        arrays, rows, capacity = image_places(images, starts), torch.cat(features), None
+    def _fill_images(self, images: list[torch.Tensor], features: Sequence[torch.Tensor], starts: Sequence[int]) -> None:
+        arrays, rows, capacity = image_places(images, starts), torch.cat(list(features)), None
         alike = all(len(x) == self.visual_tokens for x in features)
         if self.graphs.enabled and alike and len(images) <= CAPTURED_IMAGES[-1]:
             capacity = {name: len(x) for name, x in arrays.items()}
-            rows = self.image_rows.setdefault(len(images), torch.empty_like(rows)).copy_(rows)
+            rows = self.captured_features.setdefault(len(images), torch.empty_like(rows)).copy_(rows)
         self.graphs.run(
             ("images", len(images)), arrays, capacity, lambda place: self.decoder.fill_images(rows, place, images)
         )
 
     # --- prompts ---
 
-    def prefill(self, rows: list[Row]) -> torch.Tensor:
-        """The first token of each."""
-        apart = [row for row in rows if self._prefix_apart(row)]
-        pieces = [(row, 0, row.layout.prefix) for row in apart]
-        pieces += [(row, row.layout.prefix if row in apart else row.held, len(row.layout)) for row in rows]
-        firsts = np.cumsum([0, *(end - start for _, start, end in pieces)])
-        tiles = [t for (row, a, b), first in zip(pieces, firsts) for t in cut_tiles(first, b - a, row.lane)]
-        seen = [
-            (kv, np.arange(first + image.first_row - start, first + end - start))
-            for (row, start, end), first in zip(pieces[len(apart) :], firsts[len(apart) :])
-            for image, kv in zip(row.layout.images, row.images)
-            if self.decoder.image_layers
-        ]
-        arrays = dict(
-            ids=np.concatenate([row.layout.ids[a:b] for row, a, b in pieces]),
-            pos=np.concatenate([row.layout.pos[a:b] for row, a, b in pieces]),
-            slot=np.concatenate([row.slots[a:b] for row, a, b in pieces]),
-            limit=np.concatenate([np.arange(a, b) for _, a, b in pieces]),
-            tiles=np.array(tiles),
-            last=firsts[len(apart) + 1 :] - 1,
-            lanes=np.array([row.lane for row in rows]),
-            next_pos=np.array([row.layout.total for row in rows]),
-            length=np.array([len(row.layout) for row in rows]),
+    def prefill(self, prompts: list[RunningPrompt]) -> torch.Tensor:
+        """Computes the prompts in one pass and returns the first token of each."""
+        work = PrefillPass.of(
+            prompts,
+            [] if self.images_are_kv else [x for prompt in prompts for x in prompt.images],
+            freezes_prefix=self.freezes_prefix,
+            reads_images=bool(self.decoder.image_layers),
+            items_wanted=self.items_wanted,
         )
-        frozen = dict(
-            frozen_rows=int(firsts[len(apart)]),
-            frozen_tiles=sum(len(cut_tiles(0, b, 0)) for _, _, b in pieces[: len(apart)]),
+        self._write_kv_table(prompts)
+        key = ("prefill", work.size, work.block, work.image_block)
+        logits, tokens = self.graphs.run(key, work.arrays, work.capacity, lambda t: self._prefill(work, t))
+        return self._choose(logits, tokens, prompts)
+
+    def _prefill(self, work: PrefillPass, t: Tensors) -> LogitsAndTokens:
+        hidden = self.model.model.embed_tokens(t["ids"].clamp(min=0))
+        if work.features:
+            hidden[t["ids"] == VISUAL] = torch.cat(work.features).to(hidden)
+        step = Step(
+            t["positions"],
+            t["kv_index"],
+            t["limit"],
+            t["tiles"],
+            self.kv_table,
+            work.block,
+            frozen_rows=work.frozen_rows,
+            frozen_tiles=work.frozen_tiles,
+            images=None if work.images is None else work.images.on_device(t),
+            last=t["last"],
         )
-        features = [] if self.images_are_kv else [x for row in rows for x in row.images]
-        self._write_table(rows)
-        return self._choose(*self._prefill_pass(arrays, seen, features, **frozen), rows)
+        logits, tokens = self._logits(self.decoder.run(hidden, step))
+        batch_slots = t["batch_slots"]
+        self.last_ids[batch_slots], self.next_position[batch_slots] = tokens, t["next_position"]
+        self.length[batch_slots] = t["length"]
+        return logits, tokens
 
-    def _prefix_apart(self, row: Row) -> bool:
-        """Rows that some layer gives no attention update go first, so that the others are a slice."""
-        return self.freezes_prefix and bool(row.layout.images) and row.held == 0 and row.layout.prefix > 0
-
-    def _prefill_pass(self, arrays, seen, features, **frozen):
-        count, capacity = len(arrays["ids"]), None
-        size = next((n for n in CAPTURED_ROWS if n >= count), None)
-        if size is not None and not features and not frozen["frozen_rows"]:
-            capacity = dict(ids=size, pos=size, slot=size, limit=size, tiles=size // 8 + 2)
-            capacity |= {name: size // 16 + 2 for name in ("last", "lanes", "next_pos", "length")}
-        images, kvs = image_arrays(seen, count, self.blocks_wanted // self.ops.shape.heads, capacity)
-        blocks = block_of(arrays["tiles"][:, 1]), block_of(images["items"][:, 5]) if images else 0
-
-        def work(t):
-            hidden = self.model.model.embed_tokens(t["ids"].clamp(min=0))
-            if features:
-                hidden[t["ids"] == VISUAL] = torch.cat(features).to(hidden)
-            work = image_work(t, kvs, blocks[1])
-            step = Step(
-                t["pos"],
-                t["slot"],
-                t["limit"],
-                t["tiles"],
-                self.table,
-                blocks[0],
-                images=work,
-                last=t["last"],
-                **frozen,
-            )
-            logits, tokens = self._logits(self.decoder.run(hidden, step))
-            self.last_ids[t["lanes"]], self.next_pos[t["lanes"]] = tokens, t["next_pos"]
-            self.length[t["lanes"]] = t["length"]
-            return logits, tokens
-
-        return self.graphs.run(("prefill", size, *blocks), arrays | images, capacity, work)
-
-    def _write_table(self, rows: list[Row]) -> None:
-        table = np.zeros((len(rows), max(len(row.slots) for row in rows)), np.int64)
-        for i, row in enumerate(rows):
-            table[i, : len(row.slots)] = row.slots
-        t = to_device(dict(table=table, lanes=np.array([row.lane for row in rows])), self.device)
-        self.table[t["lanes"], : table.shape[1]] = t["table"]
+    def _write_kv_table(self, prompts: list[RunningPrompt]) -> None:
+        table = np.zeros((len(prompts), max(len(prompt.kv_index) for prompt in prompts)), np.int64)
+        for i, prompt in enumerate(prompts):
+            table[i, : len(prompt.kv_index)] = prompt.kv_index
+        batch_slots = np.array([prompt.batch_slot for prompt in prompts])
+        t = integers_to_device(dict(table=table, batch_slots=batch_slots), self.device)
+        self.kv_table[t["batch_slots"], : table.shape[1]] = t["table"]
 
     # --- next tokens ---
 
-    def batch(self, rows: list[Row]) -> "Batch":
-        """Rows that decode together until one leaves or enters."""
-        lanes = np.array([row.lane for row in rows])
-        tiles = np.stack([np.arange(len(rows)), np.ones(len(rows), np.int64), lanes], 1)
-        capacity = None
-        if self.graphs.enabled:
-            size = bucket(len(rows))
-            capacity = dict(lanes=size, tiles=size)
-        seen = [(kv, np.array([i])) for i, row in enumerate(rows) for kv in row.images if self.decoder.image_layers]
-        images, kvs = image_arrays(seen, len(rows), self.blocks_wanted // self.ops.shape.heads, capacity)
-        return Batch(rows, dict(lanes=lanes, tiles=tiles) | images, kvs, capacity)
+    def batch(self, prompts: list[RunningPrompt]) -> DecodeBatch:
+        """Returns the prompts as a batch that `decode` takes, until one leaves or enters."""
+        return DecodeBatch.of(
+            prompts,
+            capture=self.graphs.enabled,
+            reads_images=bool(self.decoder.image_layers),
+            items_wanted=self.items_wanted,
+        )
 
-    def decode(self, batch: "Batch", longest: int) -> torch.Tensor:
-        """The next token of each row; `longest`: text rows that one holds at most."""
-        size = batch.capacity["lanes"] if batch.capacity else len(batch.rows)
-        wanted = self.blocks_wanted // (size * self.ops.shape.heads)
-        splits = min(8, max(1, wanted)) if longest >= LONG_TEXT else 1
-        block = block_of(batch.arrays["items"][:, 5]) if "items" in batch.arrays else 0
+    def decode(self, batch: DecodeBatch, longest: int) -> torch.Tensor:
+        """Returns the next token of each prompt. `longest`: most text tokens that one of them holds."""
+        wanted = self.blocks_wanted // (batch.size * self.ops.shape.heads)
+        splits = min(MAX_SPLITS, max(1, wanted)) if longest >= LONG_TEXT else 1
+        key = ("decode", batch.size, splits, batch.image_block)
+        logits, tokens = self.graphs.run(key, batch.arrays, batch.capacity, lambda t: self._decode(batch, splits, t))
+        return self._choose(logits, tokens, batch.prompts)
 
-        def work(t):
-            lanes = t["lanes"]
-            pos, limit = (x[lanes].clamp(max=self.width - 1) for x in (self.next_pos, self.length))
-            images = image_work(t, batch.kvs, block)
-            step = Step(pos, self.table[lanes, limit], limit, t["tiles"], self.table, 1, splits, images=images)
-            hidden = self.model.model.embed_tokens(self.last_ids[lanes])
-            logits, tokens = self._logits(self.decoder.run(hidden, step))
-            self.last_ids[lanes], self.next_pos[lanes], self.length[lanes] = tokens, pos + 1, limit + 1
-            return logits, tokens
+    def _decode(self, batch: DecodeBatch, splits: int, t: Tensors) -> LogitsAndTokens:
+        batch_slots = t["batch_slots"]
+        # Batch slot 0, the padding's, counts on with every captured pass: keep it inside the tables.
+        positions, limit = (x[batch_slots].clamp(max=self.width - 1) for x in (self.next_position, self.length))
+        kv_index = self.kv_table[batch_slots, limit]
+        images = None if batch.images is None else batch.images.on_device(t)
+        step = Step(positions, kv_index, limit, t["tiles"], self.kv_table, 1, splits, images=images)
+        hidden = self.model.model.embed_tokens(self.last_ids[batch_slots])
+        logits, tokens = self._logits(self.decoder.run(hidden, step))
+        self.last_ids[batch_slots] = tokens
+        self.next_position[batch_slots], self.length[batch_slots] = positions + 1, limit + 1
+        return logits, tokens
 
-        key = ("decode", size, splits, block)
-        return self._choose(*self.graphs.run(key, batch.arrays, batch.capacity, work), batch.rows)
+    # --- prompts and next tokens ---
 
-    # --- both ---
+    @property
+    def items_wanted(self) -> int:
+        """Items of attention over images that fill the device; each runs once for every head."""
+        return self.blocks_wanted // self.ops.shape.heads
 
-    def _logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(self, hidden: torch.Tensor) -> LogitsAndTokens:
         logits = self.ops.norm_linear(hidden, self.model.model.norm.weight, self.model.lm_head.weight)
         return logits, logits.argmax(-1)
 
-    def _choose(self, logits, tokens, rows: list[Row]) -> torch.Tensor:
-        """The likeliest tokens, but for the rows that sample."""
-        tokens, drawing = tokens[: len(rows)], [i for i, row in enumerate(rows) if row.sampling is not None]
-        if not drawing:
+    def _choose(self, logits: torch.Tensor, tokens: torch.Tensor, prompts: list[RunningPrompt]) -> torch.Tensor:
+        """Returns the likeliest tokens, with drawn ones in place for the prompts that sample."""
+        tokens = tokens[: len(prompts)]
+        sampling = {row: prompt for row, prompt in enumerate(prompts) if prompt.sampling is not None}
+        if not sampling:
             return tokens
-        seeds = [rows[i].sampling[3] for i in drawing]
-        t = to_device(dict(rows=drawing, lanes=[rows[i].lane for i in drawing], seed=seeds), self.device)
-        settings = torch.tensor([rows[i].sampling[:3] for i in drawing]).to(self.device)
-        drawn = sample(logits[t["rows"]], *settings.unbind(1), t["seed"], self.next_pos[t["lanes"]])
-        self.last_ids[t["lanes"]] = drawn
+        settings = [prompt.sampling for prompt in sampling.values() if prompt.sampling is not None]
+        batch_slots, seeds = [prompt.batch_slot for prompt in sampling.values()], [seed for *_, seed in settings]
+        t = integers_to_device(dict(rows=[*sampling], batch_slots=batch_slots, seed=seeds), self.device)
+        temperature, top_k, top_p = torch.tensor([x[:3] for x in settings]).to(self.device).unbind(1)
+        drawn = sample(logits[t["rows"]], temperature, top_k, top_p, t["seed"], self.next_position[t["batch_slots"]])
+        self.last_ids[t["batch_slots"]] = drawn
         return tokens.index_copy(0, t["rows"], drawn)
 
 
-@dataclass(eq=False)
-class Batch:
-    rows: list[Row]
-    arrays: dict[str, np.ndarray]
-    kvs: list[torch.Tensor]
-    capacity: dict[str, int] | None
-
-
-def bucket(rows: int) -> int:
-    """Sizes that decode steps are captured in: few enough to capture, close enough to waste little."""
-    step = 1 if rows <= 4 else 4 if rows <= 16 else 8 if rows <= 32 else 16 if rows <= 128 else 32
-    return -(-rows // step) * step
-
-
-def make_ops(shape: Shape, cos, sin, dtype) -> TorchOps:
+def make_ops(shape: Shape, cos: torch.Tensor, sin: torch.Tensor) -> TorchOps:
+    """Returns the layer operations for the device that the rotary tables are on."""
     if cos.device.type != "cuda":
         return TorchOps(shape, cos, sin)
     from ..kernels.layer_triton import CudaOps

@@ -140,13 +140,14 @@ def digest(questions: Sequence[Question]) -> str:
 def read_questions(task: Task, root: Path | None, split: str | None, limit: int | None) -> list[Question]:
     """Returns the questions from LLaVA's folders under `root`, or from the hub if that is None."""
     split, folder = task.check_split(split), None if root is None else root / task.folder
+    place = folder or "the hub"
     try:
         questions = task.read_hub(split) if folder is None else task.read(folder, split)
     except ViCAError:
         raise
     # a file of another kind, or an empty field
     except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        reason, place = f"{type(error).__name__} {error}", folder or "the hub"
+        reason = f"{type(error).__name__} {error}"
         raise ViCAError(f"{task.title}'s questions in {place} are not as published: {reason}") from error
     if not questions:
         raise ViCAError(f"{task.title} has no questions in {place}")

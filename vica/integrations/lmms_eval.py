@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..engine import Engine, Request, Result
 from ..eval.ranks import TIMEOUT
-from ..loading import load
+from ..loading import load_wired
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from .likelihood import Candidate, log_likelihoods
 from .lmms_eval_options import (
@@ -68,12 +69,10 @@ class ViCA(lmms):
     ):
         super().__init__()
         self.max_batch = batch_limit(batch_size, max_batch_size, max_batch)
-        layers = parse_layers(t2v_layers)
+        wiring = Wiring(variant, parse_layers(t2v_layers), freeze_prefix)
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.model, processor = load(
-            pretrained, variant, layers, device=self._own_device(device), dtype=dtype, freeze_prefix=freeze_prefix
-        )
+        self.model, processor = load_wired(pretrained, wiring, self._own_device(device), dtype)
         if processor is None:
             raise ViCAError(f"{pretrained} holds no tokenizer, so it cannot be asked anything")
         self.processor = processor.changed(conv_template, image_mode)

@@ -1,32 +1,40 @@
-"""layer_torch.py on CUDA: Triton kernels for what lies between the large matrix products, which are cuBLAS's.
+"""Run layer_torch.py on CUDA: Triton kernels for all that lies between the large matrix products, which cuBLAS does.
 
-Each does a whole step of a layer in one pass over its data: norms, rotary with the K/V's way to their slots, attention
-over slots and over images, the gate. Few rows are multiplied by kernels of their own, which read weights at nearly the
-memory's full rate. On Hopper and later, each kernel is launched while the one before still runs (programmatic
+Each kernel does a whole step of a layer in one pass over its data: norms, rotary together with the writing of K/V,
+attention over text and over images, the gate. Products of few rows have kernels of their own, which read weights at
+nearly the memory's full rate. On Hopper and later, each kernel starts while the one before still runs (programmatic
 dependent launch).
+
+Shape legend: N rows, H query heads, G key heads, D head_dim, DP D padded to a power of two, BLOCK_M rows and BLOCK_N
+keys of one program. In products: M rows, N columns and K terms of out [M, N] = x [M, K] @ weight [N, K].T.
 """
+
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from .layer_torch import TorchOps
+from .layer_torch import Partial, Shape, TorchOps
 from .work import ImageWork, Step, key_blocks
 
-HEADS = 8  # that one program of a rotary or merging kernel takes
-FEW_ROWS = 32  # up to here our products are faster than cuBLAS's
-LOG2E = 1.4426950408889634  # partial results are weighed in powers of two, which the hardware has
+HEADS_PER_PROGRAM = 8  # of the rotary and merging kernels
+FEW_ROWS = 32  # up to so many rows these products are faster than cuBLAS's
+LOG2E = 1.4426950408889634  # softmaxes use powers of two, which the hardware has
 
 
 class CudaOps(TorchOps):
-    def __init__(self, shape, cos, sin):
+    """TorchOps with the same results up to rounding. `rope_store` overwrites `qkv`."""
+
+    def __init__(self, shape: Shape, cos: torch.Tensor, sin: torch.Tensor):
         super().__init__(shape, cos, sin)
         self.hopper = torch.cuda.get_device_capability(cos.device)[0] >= 9
-        self.padded_dim = max(16, triton.next_power_of_2(shape.head_dim))  # products take no less
-        self.arrived = torch.zeros(128, dtype=torch.int32, device=cos.device)  # programs of each block of a product
+        self.padded_dim = max(16, triton.next_power_of_2(shape.head_dim))  # matrix products take no less than 16
+        # Per block of a product's columns, the programs that have finished their part; zero between launches.
+        self.arrived = torch.zeros(128, dtype=torch.int32, device=cos.device)
         self.half = triton.next_power_of_2(shape.head_dim // 2)
 
-    def norm(self, x, weight):
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out, width = torch.empty_like(x), x.shape[1]
         _rms_norm[(len(x),)](
             x, weight, out, self.shape.eps, width, triton.next_power_of_2(width), self.hopper, num_warps=8,
@@ -34,18 +42,22 @@ class CudaOps(TorchOps):
         )  # fmt: skip
         return out
 
-    def linear(self, x, weight, bias=None):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if bias is not None or not self._few(x, weight):
             return super().linear(x, weight, bias)
         return self._multiply(x, weight, torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device), add=False)
 
-    def add_linear(self, hidden, x, weight, bias=None):
+    def add_linear(
+        self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
         if bias is not None or not self._few(x, weight):
             super().add_linear(hidden, x, weight, bias)
         else:
             self._multiply(x, weight, hidden, add=True)
 
-    def norm_gated(self, x, norm, weight, bias=None):
+    def norm_gated(
+        self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.shape.activation != "silu":
             return super().norm_gated(x, norm, weight, bias)
         size, x = len(weight) // 2, self.norm(x, norm)
@@ -56,11 +68,13 @@ class CudaOps(TorchOps):
         _gate[(len(x), triton.cdiv(size, 1024))](both, out, size, 1024, self.hopper, launch_pdl=self.hopper)
         return out
 
-    def _few(self, x, weight) -> bool:
+    def _few(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether the own products take these shapes, and are faster."""
         even = weight.shape[0] % 64 == 0 and weight.shape[1] % 256 == 0
         return len(x) <= FEW_ROWS and even and x.is_contiguous()
 
-    def _multiply(self, x, weight, out, add: bool):
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> torch.Tensor:
+        """Writes x @ weight.T to `out`, or adds it, for at most FEW_ROWS rows."""
         if len(x) == 1:
             return self._multiply_row(x, weight, out, add=add)
         (rows, columns), (size, _) = x.shape, weight.shape
@@ -73,9 +87,11 @@ class CudaOps(TorchOps):
         )  # fmt: skip
         return out
 
-    def _multiply_row(self, x, weight, out, add: bool = False, gated: bool = False):
+    def _multiply_row(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool = False, gated: bool = False
+    ) -> torch.Tensor:
         columns = weight.shape[1]
-        # the fastest found on an H200: programs of one warp where the weight is narrow
+        # The fastest setting on an H200: programs of one warp where the weight is narrow.
         step, warps = (1024, 4 if gated else 8) if out.shape[1] >= 8192 and columns % 1024 == 0 else (256, 1)
         _multiply_row[(out.shape[1],)](
             x, weight, out, out.shape[1], columns, step, add, gated, self.hopper, num_warps=warps,
@@ -83,58 +99,76 @@ class CudaOps(TorchOps):
         )  # fmt: skip
         return out
 
-    def rope_store(self, qkv, pos, slot, pool):
+    def rope_store(
+        self, qkv: torch.Tensor, positions: torch.Tensor, kv_index: torch.Tensor, pool: torch.Tensor
+    ) -> torch.Tensor:
         s = self.shape
-        _rope_store[(len(qkv), triton.cdiv(s.heads + 2 * s.kv_heads, HEADS))](
-            qkv, pool, self.cos, self.sin, pos, slot, qkv.stride(0), s.heads, s.kv_heads, s.head_dim, self.half, HEADS,
-            self.hopper, launch_pdl=self.hopper,
+        _rope_store[(len(qkv), triton.cdiv(s.heads + 2 * s.kv_heads, HEADS_PER_PROGRAM))](
+            qkv, pool, self.cos, self.sin, positions, kv_index, qkv.stride(0), s.heads, s.kv_heads, s.head_dim,
+            self.half, HEADS_PER_PROGRAM, self.hopper, launch_pdl=self.hopper,
         )  # fmt: skip
         return qkv[:, : s.heads]
 
-    def image_store(self, kv, layer, place, images):
+    def image_store(
+        self, kv: torch.Tensor, layer: int, place: Mapping[str, torch.Tensor], images: Sequence[torch.Tensor]
+    ) -> None:
         s = self.shape
-        _image_store[(len(kv), triton.cdiv(2 * s.kv_heads, HEADS))](
-            kv, _address(kv), place["address"], place["tokens"], place["first"], place["image"], place["pos"], self.cos,
-            self.sin, layer, s.kv_heads, s.head_dim, self.half, HEADS, self.hopper, launch_pdl=self.hopper,
+        _image_store[(len(kv), triton.cdiv(2 * s.kv_heads, HEADS_PER_PROGRAM))](
+            kv, _address(kv), place["address"], place["tokens"], place["first"], place["image"], place["positions"],
+            self.cos, self.sin, layer, s.kv_heads, s.head_dim, self.half, HEADS_PER_PROGRAM, self.hopper,
+            launch_pdl=self.hopper,
         )  # fmt: skip
 
-    def attend(self, q, pool, step: Step, frozen: bool, image_layer: int | None):
+    def attend(
+        self, q: torch.Tensor, pool: torch.Tensor, step: Step, frozen: bool, image_layer: int | None
+    ) -> torch.Tensor:
         images = step.images if image_layer is not None else None
         tiles, first = (step.tiles[step.frozen_tiles :], step.frozen_rows) if frozen else (step.tiles, 0)
         mixed = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if images is None and step.splits == 1:
             self._text(q, pool, tiles, step, mixed, None)
             return mixed[first:]
-        text = self._text(q, pool, tiles, step, *self._partials(q, step.splits * len(q)))
-        image = self._image(q, pool, images, image_layer) if images is not None else text
-        grid = (len(q) - first, triton.cdiv(q.shape[1], HEADS))
-        starts, parts = (images.starts, images.parts) if images is not None else (step.limit, step.limit)
+        text = self._partials(q, step.splits * len(q))
+        self._text(q, pool, tiles, step, *text)
+        image, starts, parts = text, step.limit, step.limit  # any tensors: the kernel reads none of them without images
+        if images is not None and image_layer is not None:
+            image, starts, parts = self._image(q, pool, images, image_layer), images.starts, images.parts
+        grid = (len(q) - first, triton.cdiv(q.shape[1], HEADS_PER_PROGRAM))
         _merge[grid](
             *text, *image, starts, parts, mixed, first, len(q), q.shape[1], q.shape[2],
-            self.padded_dim, HEADS, step.splits, images is not None, self.hopper,
+            self.padded_dim, HEADS_PER_PROGRAM, step.splits, images is not None, self.hopper,
             launch_pdl=self.hopper,
         )  # fmt: skip
         return mixed[first:]
 
-    def _partials(self, q, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _partials(self, q: torch.Tensor, count: int) -> Partial:
+        """Returns room for so many partial results."""
         shape = (count, *q.shape[1:])
         return (
             torch.empty(shape, dtype=torch.float32, device=q.device),
             torch.empty(shape[:2], dtype=torch.float32, device=q.device),
         )
 
-    def _text(self, q, pool, tiles, step: Step, out, lse):
+    def _text(
+        self,
+        q: torch.Tensor,
+        pool: torch.Tensor,
+        tiles: torch.Tensor,
+        step: Step,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Writes attention over text to `out`: partial results with their LSE, or final ones where `lse` is None."""
         s, rows = self.shape, max(16, step.block)
         keys, stages = key_blocks(rows, q.element_size() * self.padded_dim, 2)
         _text_attention[(s.heads, len(tiles), step.splits)](
-            q, pool, tiles, step.table, step.limit, out, out if lse is None else lse, q.stride(0), step.table.stride(0),
-            len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, self.padded_dim, rows, keys,
-            step.splits, lse is not None, self.hopper, num_warps=2 if rows == 16 else 4, num_stages=stages,
+            q, pool, tiles, step.kv_table, step.limit, out, out if lse is None else lse, q.stride(0),
+            step.kv_table.stride(0), len(q), s.scale * LOG2E, s.heads, s.kv_heads, s.head_dim, self.padded_dim, rows,
+            keys, step.splits, lse is not None, self.hopper, num_warps=2 if rows == 16 else 4, num_stages=stages,
             launch_pdl=self.hopper,
         )  # fmt: skip
-        return out, lse
 
-    def _image(self, q, pool, images: ImageWork, layer: int):
+    def _image(self, q: torch.Tensor, pool: torch.Tensor, images: ImageWork, layer: int) -> Partial:
         s, rows = self.shape, max(16, images.block)
         keys, stages = key_blocks(rows, q.element_size() * self.padded_dim, 2 if rows == 16 else 3)
         out, lse = self._partials(q, len(images.rows))
@@ -147,13 +181,15 @@ class CudaOps(TorchOps):
 
 
 def _address(x: torch.Tensor) -> int:
+    """Returns the tensor's address in elements."""
     return x.data_ptr() // x.element_size()
 
 
-# The kernel before may still be running, those before it have finished, as each releases its successor only after its
-# own wait. So before this nothing is read that the kernel before writes, and nothing is written.
 @triton.jit
 def _wait(HOPPER: tl.constexpr):
+    """Waits for the previous kernel, which may still run. All earlier ones are done, because each kernel releases
+    its successor only after its own wait. Before _wait, read nothing that the previous kernel writes, and write
+    nothing."""
     if HOPPER:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -163,7 +199,8 @@ def _wait(HOPPER: tl.constexpr):
 def _multiply_row(
     x, weight, out, N, K: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, HOPPER: tl.constexpr
 ):
-    """One row times a weight. A program takes one of the weight's rows; GATED: one of either half's."""
+    """Computes out [N] = weight [N, K] @ x [K], one program a value. ADD: adds it to `out`. GATED: the weight is
+    [2 * N, K], gate above up, and out = silu(gate) * up. Weights are read before _wait, as no kernel writes them."""
     n, k = tl.program_id(0), tl.arange(0, BK)
     at = weight + n.to(tl.int64) * K + k
     second = at + N.to(tl.int64) * K
@@ -189,8 +226,13 @@ def _multiply_rows(
     x, weight, out, parts, arrived, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, ADD: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BN rows of the weight, over one of SPLITS parts of its columns: narrow weights alone would not
-    fill the device. The program that comes last adds the parts up, always in their order."""
+    """Computes out [M, N] = x [M, K] @ weight [N, K].T for few rows. ADD: adds it to `out`.
+
+    A program takes BN columns of `out` and all M rows (at most BM), over one of SPLITS parts of K: N alone has too few
+    blocks to fill the device. Each program stores its sum in `parts` [SPLITS, M, N] and counts itself in `arrived`
+    [N / BN]. The last to arrive adds the parts up, always in the same order, so that results repeat exactly, and
+    resets the counter. The tile is computed transposed, [BN, BM], so that the weight is the product's long side.
+    """
     _wait(HOPPER)
     block, split = tl.program_id(0), tl.program_id(1)
     n, m, k = block * BN + tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
@@ -205,7 +247,7 @@ def _multiply_rows(
     if SPLITS > 1:
         part = parts + m[None, :] * N + n[:, None]
         tl.store(part + split * M * N, acc, live)
-        tl.debug_barrier()  # all threads have stored before one says so
+        tl.debug_barrier()  # all threads must have stored before one counts the program
         if tl.atomic_add(arrived + block, 1, sem="acq_rel") < SPLITS - 1:
             return
         tl.store(arrived + block, 0)
@@ -219,6 +261,7 @@ def _multiply_rows(
 
 @triton.jit
 def _gate(both, out, size, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
+    """Computes silu(gate) * up of rows [gate; up], `size` values each."""
     _wait(HOPPER)
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -229,6 +272,7 @@ def _gate(both, out, size, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
 
 @triton.jit
 def _rms_norm(x, weight, out, eps, width, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
+    """Norms one row a program. The scaled row is rounded before the weight is applied, as TorchOps.norm does."""
     n = tl.arange(0, BLOCK)
     w = tl.load(weight + n, n < width, 0.0).to(tl.float32)
     _wait(HOPPER)
@@ -241,7 +285,7 @@ def _rms_norm(x, weight, out, eps, width, BLOCK: tl.constexpr, HOPPER: tl.conste
 
 @triton.jit
 def _rotated(x, cos, sin, where, live, turn, D: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of the heads at `where` [heads, 1], rotated where `turn` [heads, 1]."""
+    """Returns both halves of the heads that begin at x + where [heads, 1], rotated where `turn` [heads, 1] is true."""
     d = tl.arange(0, HALF)[None, :]
     inside = d < D // 2
     left = tl.load(x + where + d, live & inside, 0.0).to(tl.float32)
@@ -252,18 +296,19 @@ def _rotated(x, cos, sin, where, live, turn, D: tl.constexpr, HALF: tl.constexpr
 
 @triton.jit
 def _rope_store(
-    qkv, pool, cos, sin, pos, slot, stride, H, G, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    qkv, pool, cos, sin, positions, kv_index, stride, H, G, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     HOPPER: tl.constexpr,
 ):  # fmt: skip
+    """Takes BLOCK heads of one row: queries are rotated in place, keys rotated into the pool, values copied there."""
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
     live = head < H + 2 * G
-    at, place = tl.load(pos + row) * D, tl.load(slot + row)
+    at, index = tl.load(positions + row) * D, tl.load(kv_index + row)
     base = qkv + row * stride
     _wait(HOPPER)
     left, right = _rotated(base, cos + at, sin + at, head * D, live, head < H + G, D, HALF)
-    # queries stay where they are; keys, then values, lie side by side in a slot
-    to = tl.where(head < H, base + head * D, pool + place * 2 * G * D + (head - H) * D)
+    # A token's keys, then its values, lie side by side in the pool.
+    to = tl.where(head < H, base + head * D, pool + index * 2 * G * D + (head - H) * D)
     d = tl.arange(0, HALF)[None, :]
     live = live & (d < D // 2)
     tl.store(to + d, left.to(qkv.dtype.element_ty), live)
@@ -272,12 +317,13 @@ def _rope_store(
 
 @triton.jit(do_not_specialize=["base", "layer"])
 def _image_store(
-    kv, base, address, tokens, first, image, pos, cos, sin, layer, G, D: tl.constexpr, HALF: tl.constexpr,
+    kv, base, address, tokens, first, image, positions, cos, sin, layer, G, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    """Takes BLOCK heads of one visual token: keys are rotated, values copied, into the layer's place of its image."""
     _wait(HOPPER)
     row = tl.program_id(0).to(tl.int64)
-    which, at = tl.load(image + row), tl.load(pos + row) * D
+    which, at = tl.load(image + row), tl.load(positions + row) * D
     token, size = row - tl.load(first + which), tl.load(tokens + which)
     head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
     live = head < 2 * G
@@ -291,14 +337,15 @@ def _image_store(
 
 @triton.jit
 def _at(anchor, base, address):
-    """A pointer from an address in elements. It is counted from a tensor's own, whose alignment the compiler knows:
-    a bare number's it does not, and it would read and write value by value."""
+    """Returns a pointer to an address in elements, counted from a tensor's own (`base`). The compiler knows a tensor's
+    alignment but not that of a bare number, which it would read and write value by value."""
     return anchor + tl.multiple_of(address - base, 8)
 
 
 @triton.jit
 def _round(q, k, v, seen, best, total, acc, scale):
-    """One block of keys in the running softmax, in powers of two."""
+    """Returns the running softmax (largest score, sum of weights, weighted values) with one block of keys more, in
+    powers of two."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(seen, scores, float("-inf"))
     top = tl.maximum(best, tl.max(scores, 1))
@@ -314,6 +361,13 @@ def _text_attention(
     DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PARTIAL: tl.constexpr,
     HOPPER: tl.constexpr,
 ):  # fmt: skip
+    """Computes one head's attention of one tile over one of SPLITS parts of its prompt's text keys.
+
+    `tiles` [T, 3]: first row, number of rows, batch slot. `table` [batch slots, table_stride]: K/V index of each token
+    of the prompt. `limit` [rows]: the last key that a row sees; the tile reads keys up to the largest. PARTIAL: `out`
+    [SPLITS, rows, H, D] is float32 and comes with its LSE in powers of two; a part without any visible key gets LSE
+    -inf and zeros. Otherwise SPLITS is 1 and `out` [rows, H, D] is final. Padding tiles have no rows.
+    """
     head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1)
     table += tl.load(tiles + tile * 3 + 2) * table_stride
@@ -332,10 +386,10 @@ def _text_attention(
     total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DP], tl.float32)
     for at in range(split * share, tl.minimum(keys, (split + 1) * share), BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        place = tl.load(table + n, n < keys, 0)
-        here = pool + place[:, None] * 2 * G * D + group * D + d[None, :]
-        known = (n < keys)[:, None] & (d < D)[None, :]
-        k, v = tl.load(here, known, 0.0), tl.load(here + G * D, known, 0.0)
+        kv_index = tl.load(table + n, n < keys, 0)
+        k_at = pool + kv_index[:, None] * 2 * G * D + group * D + d[None, :]
+        exists = (n < keys)[:, None] & (d < D)[None, :]
+        k, v = tl.load(k_at, exists, 0.0), tl.load(k_at + G * D, exists, 0.0)
         best, total, acc = _round(query, k, v, n[None, :] <= last[:, None], best, total, acc, scale)
     to = out + ((split * rows + row) * H + head)[:, None] * D + d[None, :]
     if PARTIAL:
@@ -351,6 +405,8 @@ def _image_attention(
     q, anchor, base, items, image_rows, out, lse, q_stride, layer, scale, H, G, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    """Computes one head's partial results of one item, in float32 with their LSE in powers of two. `items` [I, 6] and
+    `image_rows` [R] are those of work.ImageWork. Padding items have no rows."""
     head, item = tl.program_id(0), items + tl.program_id(1) * 6
     tokens, low, high = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     first, count = tl.load(item + 4), tl.load(item + 5)
@@ -368,9 +424,9 @@ def _image_attention(
     total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DP], tl.float32)
     for at in range(low, high, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        known = (n < high)[:, None] & (d < D)[None, :]
-        here = n[:, None] * D + d[None, :]
-        k, v = tl.load(k_at + here, known, 0.0), tl.load(v_at + here, known, 0.0)
+        exists = (n < high)[:, None] & (d < D)[None, :]
+        token = n[:, None] * D + d[None, :]
+        k, v = tl.load(k_at + token, exists, 0.0), tl.load(v_at + token, exists, 0.0)
         best, total, acc = _round(query, k, v, (n < high)[None, :], best, total, acc, scale)
     part = (first + m) * H + head
     tl.store(lse + part, best + tl.log2(total), live)
@@ -382,6 +438,8 @@ def _merge(
     text, text_lse, image, image_lse, starts, parts, out, first, rows, H, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, IMAGES: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
+    """Merges the partial results of one row (counted from `first`) and BLOCK heads: SPLITS over text, and where IMAGES
+    those over images that `starts` and `parts` of work.ImageWork name."""
     _wait(HOPPER)
     row = first + tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -392,17 +450,18 @@ def _merge(
     acc = tl.zeros([BLOCK, DP], tl.float32)
     for split in range(SPLITS):
         at = (split * rows + row) * H + head
-        best, total, acc = _weigh(text, text_lse, at, d, live, inside, best, total, acc, D)
+        best, total, acc = _add_part(text, text_lse, at, d, live, inside, best, total, acc, D)
     if IMAGES:
-        for place in range(tl.load(starts + row), tl.load(starts + row + 1)):
-            at = tl.load(parts + place) * H + head
-            best, total, acc = _weigh(image, image_lse, at, d, live, inside, best, total, acc, D)
+        for part in range(tl.load(starts + row), tl.load(starts + row + 1)):
+            at = tl.load(parts + part) * H + head
+            best, total, acc = _add_part(image, image_lse, at, d, live, inside, best, total, acc, D)
     to = out + (row * H + head)[:, None] * D + d
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def _weigh(part, lse, at, d, live, inside, best, total, acc, D: tl.constexpr):
+def _add_part(part, lse, at, d, live, inside, best, total, acc, D: tl.constexpr):
+    """Returns the running merge (largest LSE, sum of weights, weighted results) with one partial result more."""
     new = tl.load(lse + at, live, float("-inf"))
     top = tl.maximum(best, new)
     base = tl.where(top == float("-inf"), 0.0, top)

@@ -1,5 +1,7 @@
-"""What a block does between its matrix products: norm, rotary, gate. On CUDA each is one pass over the data, forward
-and backward, and rounds no more often than the plain form."""
+"""Compute what a block does between its matrix products: norm, rotary, gate.
+
+On CUDA each is one pass over the data, forward and backward, and rounds no more often than the plain form.
+"""
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -13,7 +15,8 @@ class RMSNorm(LlamaRMSNorm):
             from .pointwise_triton import rms_norm
 
             return rms_norm(x, self.weight, self.variance_epsilon)
-        return super().forward(x)
+        normed: torch.Tensor = super().forward(x)
+        return normed
 
 
 class MLP(LlamaMLP):
@@ -22,12 +25,15 @@ class MLP(LlamaMLP):
         if gate.is_cuda and gate.numel() and self.config.hidden_act == "silu":
             from .pointwise_triton import silu_gate
 
-            return self.down_proj(silu_gate(gate, up))
-        return self.down_proj(self.act_fn(gate) * up)
+            gated = silu_gate(gate, up)
+        else:
+            gated = self.act_fn(gate) * up
+        out: torch.Tensor = self.down_proj(gated)
+        return out
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x: [..., H, D], whose dtype is kept: under autocast the tables are wider, and q and k must match v."""
+    """Returns x [..., H, D] rotated, in its own type: under autocast the tables are wider, and q and k must match v."""
     if x.is_cuda and x.numel():
         from .pointwise_triton import rotate_pairs
 

@@ -1,29 +1,37 @@
-"""pointwise.py in Triton, with gradients. Rows are programs, sums are float32."""
+"""Run pointwise.py in Triton, with gradients. A program takes one row; sums are float32."""
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-NORM_PARTS = 512  # programs that share the sum for a norm's weight
-HEADS = 8  # that one program rotates
-GATE_BLOCK = 2048
+NORM_PARTS = 512  # programs that share the sum for a norm's weight gradient
+HEADS_PER_PROGRAM = 8  # of the rotary kernel
+GATE_BLOCK = 2048  # values per program of the gate kernels
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return Norm.apply(x, weight, eps)
+    """Returns the RMS norm over the last dimension."""
+    out: torch.Tensor = Norm.apply(x, weight, eps)
+    return out
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return Rotate.apply(x, cos, sin)
+    """Returns x [..., H, D] with its halves rotated by the tables [..., D]."""
+    out: torch.Tensor = Rotate.apply(x, cos, sin)
+    return out
 
 
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return Gate.apply(gate, up)
+    """Returns silu(gate) * up."""
+    out: torch.Tensor = Gate.apply(gate, up)
+    return out
 
 
 class Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x = x.contiguous()
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
         out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
@@ -33,45 +41,47 @@ class Norm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         grad = grad.contiguous()
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
         learns = ctx.needs_input_grad[1]
         parts = min(NORM_PARTS, rows)
-        of_x = torch.empty_like(x)
-        of_weight = torch.empty(parts if learns else 1, width, dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.empty(parts if learns else 1, width, dtype=torch.float32, device=x.device)
         _norm_backward[(parts,)](
-            x, weight, scale, grad, of_x, of_weight, rows, width, triton.next_power_of_2(width), learns, num_warps=8
+            x, weight, scale, grad, grad_x, grad_weight, rows, width, triton.next_power_of_2(width), learns, num_warps=8
         )
-        return of_x, of_weight.sum(0).to(weight.dtype) if learns else None, None
+        return grad_x, grad_weight.sum(0).to(weight.dtype) if learns else None, None
 
 
 class Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         return turn(x, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx, grad):
-        return turn(grad, *ctx.saved_tensors, -1), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, sin, -1), None, None
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    """Returns x rotated forwards (`sign` 1) or backwards (-1)."""
     x = x.contiguous()
     heads, size = x.shape[-2:]
     rows = x.numel() // (heads * size)
     cos, sin = (t.expand(*x.shape[:-2], size).contiguous() for t in (cos, sin))
     out = torch.empty_like(x)
-    grid = (rows, triton.cdiv(heads, HEADS))
-    _rotate[grid](x, cos, sin, out, heads, size, sign, triton.next_power_of_2(size // 2), HEADS)
+    grid = (rows, triton.cdiv(heads, HEADS_PER_PROGRAM))
+    _rotate[grid](x, cos, sin, out, heads, size, sign, triton.next_power_of_2(size // 2), HEADS_PER_PROGRAM)
     return out
 
 
 class Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         _gate[(triton.cdiv(gate.numel(), GATE_BLOCK),)](gate, up, out, gate.numel(), GATE_BLOCK, num_warps=8)
@@ -79,16 +89,17 @@ class Gate(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         grid = (triton.cdiv(gate.numel(), GATE_BLOCK),)
-        _gate_backward[grid](gate, up, grad.contiguous(), of_gate, of_up, gate.numel(), GATE_BLOCK, num_warps=8)
-        return of_gate, of_up
+        _gate_backward[grid](gate, up, grad.contiguous(), grad_gate, grad_up, gate.numel(), GATE_BLOCK, num_warps=8)
+        return grad_gate, grad_up
 
 
 @triton.jit
 def _norm(x, weight, out, scale, eps, width, BLOCK: tl.constexpr):
+    """A program takes one row, and leaves its scale for the backward pass."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     live = n < width
@@ -101,8 +112,9 @@ def _norm(x, weight, out, scale, eps, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _norm_backward(x, weight, scale, grad, of_x, of_weight, rows, width, BLOCK: tl.constexpr, LEARNS: tl.constexpr):
-    """Each program takes every so many-th row, and sums what the weight gets of them."""
+def _norm_backward(x, weight, scale, grad, grad_x, grad_weight, rows, width, BLOCK: tl.constexpr, LEARNS: tl.constexpr):
+    """A program takes every `parts`-th row, and sums these rows' share of the weight's gradient. LEARNS: the weight
+    gets one."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     n = tl.arange(0, BLOCK)
     live = n < width
@@ -116,15 +128,16 @@ def _norm_backward(x, weight, scale, grad, of_x, of_weight, rows, width, BLOCK: 
         if LEARNS:
             total += g * v
         g = g * w
-        tl.store(of_x + at, (factor * (g - v * (tl.sum(g * v, 0) / width))).to(of_x.dtype.element_ty), live)
+        tl.store(grad_x + at, (factor * (g - v * (tl.sum(g * v, 0) / width))).to(grad_x.dtype.element_ty), live)
     if LEARNS:
-        tl.store(of_weight + part.to(tl.int64) * width + n, total, live)
+        tl.store(grad_weight + part.to(tl.int64) * width + n, total, live)
 
 
 @triton.jit
-def _rotate(x, cos, sin, out, heads, size, sign, HALF: tl.constexpr, HEADS: tl.constexpr):
+def _rotate(x, cos, sin, out, heads, size, sign, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes BLOCK heads of one row. `size` is D; HALF is D / 2, rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, HALF)
     live = n < size // 2
     both = live[None] & (head < heads)[:, None]
@@ -136,7 +149,7 @@ def _rotate(x, cos, sin, out, heads, size, sign, HALF: tl.constexpr, HEADS: tl.c
     left_sin = tl.load(sin + row * size + n, live, 0.0)[None].to(tl.float32)
     right_sin = tl.load(sin + row * size + size // 2 + n, live, 0.0)[None].to(tl.float32)
     a, b = left.to(tl.float32), right.to(tl.float32)
-    # backward (sign -1) uses that the tables are the same in both halves
+    # Rotating backwards (sign -1) relies on tables that are the same in both halves.
     tl.store(out + at, (a * left_cos - sign * b * left_sin).to(out.dtype.element_ty), both)
     tl.store(out + at + size // 2, (b * right_cos + sign * a * right_sin).to(out.dtype.element_ty), both)
 
@@ -152,12 +165,12 @@ def _gate(gate, up, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(gate, up, grad, of_gate, of_up, size, BLOCK: tl.constexpr):
+def _gate_backward(gate, up, grad, grad_gate, grad_up, size, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = n < size
     g = tl.load(gate + n, live, 0.0).to(tl.float32)
     u = tl.load(up + n, live, 0.0).to(tl.float32)
     d = tl.load(grad + n, live, 0.0).to(tl.float32)
     s = 1 / (1 + tl.exp(-g))
-    tl.store(of_up + n, (d * g * s).to(of_up.dtype.element_ty), live)
-    tl.store(of_gate + n, (d * u * s * (1 + g * (1 - s))).to(of_gate.dtype.element_ty), live)
+    tl.store(grad_up + n, (d * g * s).to(grad_up.dtype.element_ty), live)
+    tl.store(grad_gate + n, (d * u * s * (1 + g * (1 - s))).to(grad_gate.dtype.element_ty), live)

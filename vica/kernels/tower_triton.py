@@ -1,4 +1,5 @@
-"""The vision tower's steps between its products, in Triton: one pass over the data where torch takes several."""
+"""Run the vision tower's steps between its matrix products in Triton: one pass over the data where torch takes
+several."""
 
 import torch
 import triton
@@ -6,7 +7,7 @@ import triton.language as tl
 
 
 def add_norm(hidden: torch.Tensor, update: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """hidden += update; the layer norm of it."""
+    """Adds `update` to `hidden` in place and returns the layer norm of the sum."""
     out = torch.empty_like(hidden)
     width = hidden.shape[-1]
     _add_norm[(hidden.numel() // width,)](
@@ -16,13 +17,14 @@ def add_norm(hidden: torch.Tensor, update: torch.Tensor, norm: torch.nn.LayerNor
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """In place: x * sigmoid(1.702 x)."""
+    """Computes x * sigmoid(1.702 x) in place and returns x."""
     _quick_gelu[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), 4096, num_warps=8)
     return x
 
 
 @triton.jit
 def _add_norm(hidden, update, weight, bias, out, eps, width, BLOCK: tl.constexpr):
+    """A program takes one row. The sum is rounded to hidden's type before it is normed, as torch does."""
     at = tl.program_id(0).to(tl.int64) * width
     n = tl.arange(0, BLOCK)
     live = n < width

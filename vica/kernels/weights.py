@@ -1,9 +1,10 @@
-"""The decoder's weights as the engine multiplies by them: q, k and v in one matrix, gate and up in another.
+"""Fuse the decoder's weights as the engine multiplies by them: q, k and v in one matrix, gate and up in another.
 
-The model's own parameters become views of the fused ones, so nothing is held twice and the model stays usable.
+The model's own parameters become views of the fused ones, so memory holds nothing twice and the model stays usable.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from ..utils.errors import ViCAError
 
 @dataclass
 class LayerWeights:
+    """One decoder layer's weights. Those that are not fused are the model's own tensors."""
+
     input_norm: torch.Tensor
     qkv: torch.Tensor  # [(heads + 2 kv_heads) * head_dim, width]
     qkv_bias: torch.Tensor | None
@@ -24,11 +27,13 @@ class LayerWeights:
     down: torch.Tensor
     down_bias: torch.Tensor | None
 
-    def makers_of_kv(self) -> list[torch.Tensor]:
+    def kv_weights(self) -> list[torch.Tensor]:
+        """Returns the weights that decide a frozen token's keys and values."""
         return [self.input_norm, self.qkv, *([] if self.qkv_bias is None else [self.qkv_bias])]
 
 
-def fuse_layer(block) -> LayerWeights:
+def fuse_layer(block: Any) -> LayerWeights:
+    """Returns the weights of a Llama-like decoder block, fused in place."""
     attention, mlp = block.self_attn, block.mlp
     qkv, qkv_bias = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = fuse(mlp.gate_proj, mlp.up_proj)
@@ -49,7 +54,8 @@ def fuse_layer(block) -> LayerWeights:
 
 
 def fuse(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One weight and bias of several maps of the same input; theirs become parts of it. Fused already: as they are."""
+    """Returns one weight and bias for several linear layers on the same input, and makes the layers' own parameters
+    views of them. Layers that are fused already stay as they are."""
     for linear in linears:
         check_plain(linear)
     weight = _fuse_parameters([linear.weight for linear in linears])
@@ -58,7 +64,7 @@ def fuse(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, _fuse_parameters([linear.bias for linear in linears])
 
 
-def _fuse_parameters(parts: list[nn.Parameter]) -> torch.Tensor:
+def _fuse_parameters(parts: list[torch.Tensor]) -> torch.Tensor:
     if (whole := _already_fused(parts)) is not None:
         return whole
     whole = torch.cat([part.data for part in parts])
@@ -67,8 +73,9 @@ def _fuse_parameters(parts: list[nn.Parameter]) -> torch.Tensor:
     return whole
 
 
-def _already_fused(parts: list[nn.Parameter]) -> torch.Tensor | None:
-    """A second engine on the same model finds the parts side by side in one storage."""
+def _already_fused(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Returns the fused parameter if the parts lie side by side in one storage, as a second engine on the same model
+    finds them."""
     first, rows = parts[0].data, sum(len(part) for part in parts)
     at = first.data_ptr()
     for part in parts:
@@ -80,7 +87,7 @@ def _already_fused(parts: list[nn.Parameter]) -> torch.Tensor | None:
 
 
 def check_plain(linear: nn.Module) -> None:
-    """Adapters and quantised layers compute something else than their weight says."""
+    """Raises ViCAError for adapters and quantised layers, which compute something else than their weight says."""
     if type(linear) is not nn.Linear:
         raise ViCAError(
             f"the engine needs plain linear layers, this model has {type(linear).__name__}: merge adapters into the "
@@ -89,4 +96,5 @@ def check_plain(linear: nn.Module) -> None:
 
 
 def bias_of(linear: nn.Linear) -> torch.Tensor | None:
+    """Returns the bias without its gradient, or None."""
     return None if linear.bias is None else linear.bias.data

@@ -1,137 +1,157 @@
-"""One pass through the decoder as arrays: where each row stands, the slot it writes to, and the keys it reads.
+"""Describe one pass through the decoder as arrays: positions, K/V indices, and the keys that each row reads.
 
-Attention is made of partial softmaxes that are merged exactly by their log-sum-exp (LSE). A *tile* is a stretch of
-rows of one lane over its text keys. An *item* is a set of rows, of any lanes, over a stretch of one image's keys:
-questions about one image read one copy of its K/V together.
+A row is the hidden state of one token. Attention consists of partial softmaxes that are merged exactly by their
+log-sum-exp (LSE). A *tile* is a stretch of rows of one prompt over that prompt's text keys. An *item* is a set of
+rows, of any prompts, over a stretch of one image's keys: questions about one image read one copy of its K/V together.
 """
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-TILE = 64  # rows of a tile or an item at most
-CHUNK = 64  # an item's keys are a multiple of this, but for the last
-SHARED = 96 * 2**10  # bytes of shared memory that a program may have on the cards with the least
+TILE = 64  # most rows of a tile or an item
+CHUNK = 64  # an item's number of keys is a multiple of this, except for an image's last item
+SHARED_MEMORY = 96 * 2**10  # bytes that a program may use on the cards with the least
+
+Seen = tuple[torch.Tensor, np.ndarray]  # an image's K/V [layers, 2, G, tokens, D], and the rows that see it
 
 
 @dataclass
 class ImageWork:
+    """Attention over images. R is the number of (item, row) pairs; each makes one partial result."""
+
     items: (
         torch.Tensor
-    )  # [I, 6] address of the K/V (in elements), tokens, first key, end of keys, first row, number of rows
-    rows: torch.Tensor  # [R] the items' rows, one item after another; each makes a partial result
+    )  # [I, 6] K/V address (in elements), tokens, first key, end of keys, first of `rows`, their number
+    rows: torch.Tensor  # [R] the items' rows, one item after another
     starts: torch.Tensor  # [N + 1] where each row's partial results begin in `parts`
     parts: torch.Tensor  # [R] partial results, sorted by row
-    kvs: list[torch.Tensor]  # the K/V of each item
-    block: int  # rows of an item at most
+    kvs: list[torch.Tensor]  # each item's K/V
+    block: int  # most rows of an item, rounded up for the kernels
 
 
 @dataclass
 class Step:
-    pos: torch.Tensor  # [N] position, for rotary
-    slot: torch.Tensor  # [N] where the row's K/V go
-    limit: torch.Tensor  # [N] the last text key it sees, counted over its lane's rows
-    tiles: torch.Tensor  # [T, 3] first row, rows, lane
-    table: torch.Tensor  # [lanes, rows] slots
-    block: int  # rows of a tile at most
+    """One pass. N rows, T tiles."""
+
+    positions: torch.Tensor  # [N] for rotary
+    kv_index: torch.Tensor  # [N] where the row's K/V go in the pool
+    limit: torch.Tensor  # [N] the last text key that the row sees, counted over the tokens of its prompt
+    tiles: torch.Tensor  # [T, 3] first row, number of rows, batch slot
+    kv_table: torch.Tensor  # [batch slots, tokens] K/V index of each token
+    block: int  # most rows of a tile, rounded up for the kernels
     splits: int = 1  # parts that a tile's keys are cut into
-    frozen_rows: int = 0  # leading rows without attention update in layers that freeze the prefix
+    frozen_rows: int = 0  # leading rows without attention update in layers that freeze the system prompt
     frozen_tiles: int = 0
     images: ImageWork | None = None
-    last: torch.Tensor | None = None  # the rows whose hidden states are asked for; None: all
+    last: torch.Tensor | None = None  # rows whose final hidden states are wanted; None: all
 
 
-def to_device(arrays: dict, device: torch.device) -> dict[str, torch.Tensor]:
-    """Small arrays of whole numbers, in one copy."""
-    arrays = {name: np.asarray(x, np.int64) for name, x in arrays.items()}
-    whole = host_tensor(list(arrays.values()), device).to(device, non_blocking=True)
-    return views(whole, {name: x.shape for name, x in arrays.items()})
+@dataclass(frozen=True)
+class ImageArrays:
+    """ImageWork on the host, with the same names."""
 
+    items: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    parts: np.ndarray
+    kvs: list[torch.Tensor]
+    block: int
 
-def host_tensor(arrays: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    """One after another, where a copy to the device need not be waited for."""
-    whole = torch.from_numpy(np.concatenate([x.ravel() for x in arrays]))
-    return whole.pin_memory() if device.type == "cuda" else whole
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(items=self.items, rows=self.rows, starts=self.starts, parts=self.parts)
 
+    @staticmethod
+    def capacity(rows: int) -> dict[str, int]:
+        """Returns the lengths that a captured pass of so many rows reserves; passes that need more run uncaptured."""
+        return dict(items=2 * rows + 64, rows=4 * rows + 256, starts=rows + 1, parts=4 * rows + 256)
 
-def views(whole: torch.Tensor, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    parts = whole.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
+    def on_device(self, tensors: Mapping[str, torch.Tensor]) -> ImageWork:
+        """Returns the work, of tensors that hold `arrays` on the device."""
+        t = tensors
+        return ImageWork(t["items"], t["rows"], t["starts"], t["parts"], self.kvs, self.block)
 
 
 def block_of(counts: np.ndarray) -> int:
-    """The kernels' number of rows for tiles of these sizes."""
+    """Returns the number of rows that kernels reserve for tiles of these sizes."""
     return max(16, 1 << int(counts.max() - 1).bit_length()) if counts.max() > 1 else 1
 
 
 def key_blocks(rows: int, key_bytes: int, stages: int) -> tuple[int, int]:
-    """Keys of an attention kernel's block, and how many blocks of K and V it holds at once; `key_bytes`: of one head.
-    Keys of at most 256 bytes get what is fastest on an H200; wider ones what fits beside the rows' queries."""
+    """Returns the keys of an attention kernel's block, and how many blocks of K and V it holds at once.
+
+    `key_bytes` is the size of one head's key. Keys of at most 256 bytes get the fastest setting on an H200; wider ones
+    get what fits beside the rows' queries.
+    """
     keys = 64
     if key_bytes <= 256:
         return keys, stages
-    while (rows + stages * 2 * keys) * key_bytes > SHARED and (keys, stages) != (16, 1):
-        if stages > 2 or keys == 16:  # products take no fewer keys
+    while (rows + stages * 2 * keys) * key_bytes > SHARED_MEMORY and (keys, stages) != (16, 1):
+        if stages > 2 or keys == 16:  # matrix products take no fewer than 16 keys
             stages -= 1
         else:
             keys //= 2
     return keys, stages
 
 
-def cut_tiles(first: int, rows: int, lane: int) -> list[tuple[int, int, int]]:
-    return [(first + at, min(TILE, rows - at), lane) for at in range(0, rows, TILE)]
+def cut_tiles(first: int, rows: int, batch_slot: int) -> list[tuple[int, int, int]]:
+    """Returns the tiles of consecutive rows of one prompt."""
+    return [(first + at, min(TILE, rows - at), batch_slot) for at in range(0, rows, TILE)]
 
 
-def image_arrays(
-    seen: list[tuple[torch.Tensor, np.ndarray]], rows: int, items_wanted: int, capacity: dict | None
-) -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
-    """`seen`: an image's K/V [layers, 2, G, tokens, D] and rows that see it. Rows of one image are gathered, and keys
-    are cut where there would be fewer items than fill the device. `capacity` gets the arrays' own added."""
-    of_image: dict[int, list] = {}
-    for kv, some in seen:
-        of_image.setdefault(kv.data_ptr(), [kv]).append(some)
-    work = []
-    for kv, *several in of_image.values():
-        see = np.concatenate(several)
-        work += [(kv, see[i : i + TILE]) for i in range(0, len(see), TILE)]
-    if not work:
-        return {}, []
-    if capacity is not None:
-        rows = next(iter(capacity.values()))
-        capacity |= dict(items=2 * rows + 64, rows=4 * rows + 256, starts=rows + 1, parts=4 * rows + 256)
-    cuts = max(1, -(-items_wanted // len(work)))
+def image_arrays(seen: Sequence[Seen], rows: int, items_wanted: int) -> ImageArrays | None:
+    """Returns the items of a pass of `rows` rows, or None where no row sees an image.
+
+    Rows that see the same image are gathered. Keys are cut where there would be fewer items than `items_wanted`, which
+    fills the device.
+    """
+    groups = _rows_of_each_image(seen)
+    if not groups:
+        return None
+    cuts = max(1, -(-items_wanted // len(groups)))
     items, kvs, item_rows, first = [], [], [], 0
-    for kv, some in work:
-        tokens = kv.shape[3]
+    for kv, some in groups:
+        tokens, address = kv.shape[3], kv.data_ptr() // kv.element_size()
         size = max(1, -(-tokens // cuts // CHUNK)) * CHUNK
         for low in range(0, tokens, size):
-            items.append((kv.data_ptr() // kv.element_size(), tokens, low, min(low + size, tokens), first, len(some)))
+            items.append((address, tokens, low, min(low + size, tokens), first, len(some)))
             kvs.append(kv)
             item_rows.append(some)
             first += len(some)
-    of_row = np.concatenate(item_rows)
-    parts = np.argsort(of_row, kind="stable")
-    starts = np.searchsorted(of_row[parts], np.arange(rows + 1))
-    return dict(items=np.array(items), rows=of_row, starts=starts, parts=parts), kvs
+    row_of_part = np.concatenate(item_rows)
+    parts = np.argsort(row_of_part, kind="stable")
+    starts = np.searchsorted(row_of_part[parts], np.arange(rows + 1))
+    block = block_of(np.array([len(some) for _, some in groups]))
+    return ImageArrays(np.array(items), row_of_part, starts, parts, kvs, block)
 
 
-def image_places(images: list[torch.Tensor], starts: list[int]) -> dict[str, np.ndarray]:
-    """Where each row of concatenated features goes: its position, its image, and the images' addresses and sizes."""
+def _rows_of_each_image(seen: Sequence[Seen]) -> list[Seen]:
+    """Returns each image with at most TILE of the rows that see it, in several entries where there are more."""
+    kv_of: dict[int, torch.Tensor] = {}
+    rows_of: dict[int, list[np.ndarray]] = {}
+    for kv, rows in seen:
+        kv_of.setdefault(kv.data_ptr(), kv)
+        rows_of.setdefault(kv.data_ptr(), []).append(rows)
+    groups = []
+    for address, several in rows_of.items():
+        rows = np.concatenate(several)
+        groups += [(kv_of[address], rows[i : i + TILE]) for i in range(0, len(rows), TILE)]
+    return groups
+
+
+def image_places(images: Sequence[torch.Tensor], starts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Returns where each row of concatenated features goes: its position and its image; and of each image the address
+    in elements, the number of tokens and the first row."""
     sizes = np.array([x.shape[3] for x in images])
     first = np.cumsum(sizes) - sizes
     image = np.repeat(np.arange(len(images)), sizes)
     return dict(
-        pos=np.array(starts)[image] + np.arange(len(image)) - first[image],
+        positions=np.array(starts)[image] + np.arange(len(image)) - first[image],
         image=image,
         address=np.array([x.data_ptr() // x.element_size() for x in images]),
         tokens=sizes,
         first=first,
     )
-
-
-def image_work(tensors: dict[str, torch.Tensor], kvs: list[torch.Tensor], block: int) -> ImageWork | None:
-    if "items" not in tensors:
-        return None
-    return ImageWork(*(tensors[name] for name in ("items", "rows", "starts", "parts")), kvs, block)

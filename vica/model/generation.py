@@ -1,9 +1,12 @@
 """Fits transformers' generate to this model: its cache, images by row, and placeholders among the ids."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
 from .cache import ViCACache
 from .layout import check_image_count
@@ -19,7 +22,12 @@ PLAIN = {
 
 
 class ViCAGeneration(GenerationMixin):
-    def generate(self, *args, streamer=None, **kwargs):
+    if TYPE_CHECKING:  # of the model that inherits this
+        config: ViCAConfig
+        model: Any
+        device: torch.device
+
+    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
         """Runs transformers' own generate."""
         if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
             raise ViCAError("assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported")
@@ -27,7 +35,9 @@ class ViCAGeneration(GenerationMixin):
             kwargs["streamer"] = TextOnlyStreamer(streamer)
         return super().generate(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ViCAError(f"cache_implementation {generation_config.cache_implementation!r} is not supported")
         if model_kwargs.get("past_key_values") is not None:
@@ -35,7 +45,9 @@ class ViCAGeneration(GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = ViCACache(self.config.text_config.num_hidden_layers)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Encodes images once and lists their features for every copy of a row, so that beams share them."""
         pixel_values, features = model_kwargs.get("pixel_values"), model_kwargs.get("image_features")
         if expand_size > 1 and (pixel_values is not None or features is not None):
@@ -47,7 +59,9 @@ class ViCAGeneration(GenerationMixin):
             }
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -59,7 +73,7 @@ class ViCAGeneration(GenerationMixin):
                 inputs[name] = self._images_of_new_columns(input_ids, inputs["input_ids"], images)
         return inputs
 
-    def _images_of_new_columns(self, all_ids, new_ids, images):
+    def _images_of_new_columns(self, all_ids: torch.Tensor, new_ids: torch.Tensor, images: Any) -> Any:
         """Returns the images of the new columns: callers may give the whole conversation's images again with a cache
         that holds the first of them."""
         is_image = all_ids == self.config.image_token_index
@@ -74,22 +88,22 @@ class ViCAGeneration(GenerationMixin):
         keep = columns.expand_as(is_image)[is_image].nonzero().flatten().tolist()
         return images[keep] if isinstance(images, torch.Tensor) else [images[i] for i in keep]
 
-    def _get_logits_processor(self, *args, **kwargs):
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> "TextOnlyProcessors":
         """Hides placeholders: processors such as the repetition penalty index the vocabulary by input_ids."""
         return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
 
-    def _get_stopping_criteria(self, *args, **kwargs):
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> "TextOnlyCriteria":
         """Hides placeholders: stop strings embed the last ids."""
         return TextOnlyCriteria(super()._get_stopping_criteria(*args, **kwargs))
 
 
 class TextOnlyProcessors(LogitsProcessorList):
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return super().__call__(text_only(input_ids), scores, **kwargs)
 
 
 class TextOnlyCriteria(StoppingCriteriaList):
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return super().__call__(text_only(input_ids), scores, **kwargs)
 
 
@@ -101,7 +115,7 @@ def text_only(ids: torch.Tensor) -> torch.Tensor:
 class TextOnlyStreamer:
     """Leaves placeholders out: streamers get the prompt first, and tokenizers cannot decode a placeholder."""
 
-    def __init__(self, streamer):
+    def __init__(self, streamer: Any) -> None:
         self.streamer, self.end = streamer, streamer.end
 
     def put(self, value: torch.Tensor) -> None:

@@ -1,6 +1,5 @@
 """The multimodal model as transformers knows one: loading, saving, rewiring, logits and loss."""
 
-import copy
 import logging
 from collections.abc import Sequence
 
@@ -10,10 +9,12 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checkpoint import files
+from ..checkpoint import files, generation, projector
+from ..checkpoint.source import Source
+from ..checkpoint.tower import with_tower
 from ..kernels.transfer import to_device
 from ..plan.config import ViCAConfig
-from ..plan.vica import parse_t2v_layers
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from .cache import ViCACache
 from .decoder import ViCAModel, ViCAPreTrainedModel
@@ -51,58 +52,51 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """Any layout of checkpoint.py. `variant` is ViCA's (accel, mask, dense); further arguments are transformers'
-        own (dtype, device_map, quantization_config, attn_implementation, ...)."""
+        """Returns the model of a checkpoint in any of the three formats. `variant` is ViCA's (accel, mask, dense);
+        further arguments are transformers' own (dtype, device_map, quantization_config, attn_implementation, ...)."""
         if path_or_repo is None:  # transformers' way of building from a state dict
             return super().from_pretrained(
                 None, *args, config=config, output_loading_info=output_loading_info, **kwargs
             )
-        if kwargs.pop("subfolder", None):
-            raise ViCAError("subfolder is not supported; give the folder itself")
-        hub = files.pop_hub_arguments(kwargs)
-        folder, cache_dir = files.find_folder(path_or_repo, **hub), hub.get("cache_dir")
-        settings = dict(
-            variant=variant, t2v_layers=t2v_layers, freeze_prefix=freeze_prefix, recipe=recipe, cache_dir=cache_dir
-        )
+        source = Source.at(path_or_repo, **files.pop_hub_arguments(kwargs))
+        wiring = Wiring(variant, t2v_layers, freeze_prefix, recipe)
+        model, info = cls.from_source(source, wiring, *args, config=config, **kwargs)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_source(cls, source: Source, wiring: Wiring, *args, config: ViCAConfig | None = None, **kwargs):
+        """Returns a checkpoint's model and transformers' loading info. `config` replaces the checkpoint's own."""
         if config is None:
-            config = files.read_config(folder, **settings)
+            config = source.config(wiring)
         else:
-            config = files.apply_settings(copy.deepcopy(config), **settings)
-        weights = files.read_checkpoint(cls, folder, config, cache_dir)
+            config = wiring.on(with_tower(config, source.cache_dir))
+            config.check()
+        weights = source.weights(cls, config)
         model, info = super().from_pretrained(
             None, *args, config=config, state_dict=weights, output_loading_info=True, **kwargs
         )
         if left := {k: v for k, v in info.items() if v}:
-            raise ViCAError(f"the weights of {folder} did not load whole: {left}")
-        model.config.name_or_path = str(path_or_repo)
-        model.generation_config = files.generation_config(folder) or model.generation_config
-        return (model, info) if output_loading_info else model
+            raise ViCAError(f"the weights of {source.folder} did not load whole: {left}")
+        model.config.name_or_path = source.name
+        model.generation_config = generation.read_generation(source.folder) or model.generation_config
+        return model, info
 
     def save_pretrained(self, save_directory, *args, max_shard_size=files.SHARD_SIZE, **kwargs):
-        """Our layout: LLaVA's names and flat config.json, with the wiring and the tower inside."""
-        kept, self.generation_config = self.generation_config, files.savable(self.generation_config)
+        """Writes the vica format: LLaVA's names and flat config.json, with the wiring and the tower inside."""
+        kept, self.generation_config = self.generation_config, generation.savable(self.generation_config)
         try:
             return super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
         finally:
             self.generation_config = kept
 
     def load_projector(self, path) -> None:
-        files.load_projector(self, path)
+        """Fills the projector with the weights that stage 1 saved."""
+        projector.load_projector(self.model.mm_projector, path)
 
     def set_variant(self, variant: str | None = None, t2v_layers=None, freeze_prefix=None) -> None:
-        """Rewires the model in place: the weights are the same for every variant."""
-        config = self.config
-        before = (config.variant, config.t2v_layers, config.freeze_prefix)
-        config.variant = config.variant if variant is None else variant
-        if t2v_layers is not None:
-            config.t2v_layers = parse_t2v_layers(t2v_layers, config.text_config.num_hidden_layers)
-        config.freeze_prefix = config.freeze_prefix if freeze_prefix is None else freeze_prefix
-        try:
-            config.check()
-            config.require_layers()
-        except ViCAError:
-            config.variant, config.t2v_layers, config.freeze_prefix = before
-            raise
+        """Rewires the model in place: the weights are the same for every variant. Naming layers, a prefix rule or dense
+        replaces a custom plan; accel and mask both follow one."""
+        Wiring(variant, t2v_layers, freeze_prefix).change(self.config)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.encode_images(pixel_values)

@@ -1,7 +1,11 @@
-"""The configuration saved with every checkpoint: the Llama backbone, the tower, and how the layers are wired.
+"""The configuration saved with every checkpoint: the backbone, the vision tower, and the wiring of the layers.
 
 Multimodal fields carry LLaVA's names (`mm_projector_type`, ...), so that one config.json serves both code bases.
 """
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -10,10 +14,11 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from ..utils.errors import ViCAError
 from . import formats
 from .layer import LayerPlan, check_plan, plan_from_json, plan_to_json
-from .vica import VARIANTS, check_freeze_prefix, make_plan, missing_layers_message, parse_t2v_layers
+from .vica import check_freeze_prefix, check_variant, make_plan, missing_layers_message, parse_t2v_layers, replaces_plan
 
 IMAGE_TOKEN_INDEX = -200
 PROJECTORS = ("linear", "mlp2x_gelu", "identity")
+Config = TypeVar("Config")
 
 
 @strict
@@ -21,8 +26,11 @@ class TextConfig(LlamaConfig):
     """LlamaConfig plus what the Mistral and Qwen2 shapes need: biases on q, k, v but not on the output."""
 
     attention_out_bias: bool | None = None
+    if TYPE_CHECKING:  # LlamaConfig fills them in where they are not given
+        head_dim: int
+        num_key_value_heads: int
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
@@ -33,18 +41,29 @@ class TextConfig(LlamaConfig):
 
 
 class ViCAConfig(PreTrainedConfig):
-    """See the package's README for a tour. `text_config` takes any field of transformers' LlamaConfig; `vision_config`
-    any of CLIPVisionConfig (or another tower's, told by its `model_type`); None means the caller brings features."""
+    """The settings of a ViCA model.
+
+    `text_config` takes any field of transformers' LlamaConfig. `vision_config` takes any field of CLIPVisionConfig, or
+    of another tower's config, which its `model_type` names; None means that the caller brings image features.
+    """
 
     model_type = "vica"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {"text_config": TextConfig, "vision_config": AutoConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:
+        # Their types after construction. The constructor takes tables of fields, and any sequence of layers.
+        text_config: TextConfig
+        vision_config: PreTrainedConfig | None
+        t2v_layers: list[int] | None
+
+        def __init__(self, **fields: Any) -> None: ...
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        vision_config: dict | PreTrainedConfig | None = None
+        t2v_layers: list | tuple | None = None
     variant: str = "accel"
-    t2v_layers: list | tuple | None = None
     freeze_prefix: bool | int = True
     custom_plan: list | None = None  # tables of LayerPlan's fields; set it through `plan`
     image_token_index: int = IMAGE_TOKEN_INDEX
@@ -57,7 +76,7 @@ class ViCAConfig(PreTrainedConfig):
     image_aspect_ratio: str | None = "pad"
     conversation: str = "vicuna_v1"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = as_text_config(self.text_config)
         self.vision_config = as_vision_config(self.vision_config)
         if self.vision_config is not None:
@@ -67,9 +86,9 @@ class ViCAConfig(PreTrainedConfig):
         self.check()
 
     def check(self) -> None:
+        """Brings the settings into one form, such as sorted lists, and raises ViCAError at a wrong one."""
         layers = self.text_config.num_hidden_layers
-        if self.variant not in VARIANTS:
-            raise ViCAError(f"variant is {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        check_variant(self.variant, layers)
         if self.t2v_layers is not None:
             self.t2v_layers = parse_t2v_layers(self.t2v_layers, layers)
         self.freeze_prefix = check_freeze_prefix(self.freeze_prefix, layers)
@@ -81,53 +100,55 @@ class ViCAConfig(PreTrainedConfig):
             raise ViCAError(f"mm_vision_select_feature is {self.mm_vision_select_feature!r}; known: patch, cls_patch")
 
     def require_layers(self) -> None:
-        """Raises ViCAError where no layers were named, which is not the same as an empty list of layers."""
+        """Raises ViCAError where the plan depends on layers that nothing names. An empty list names them."""
         if self.t2v_layers is None and self.variant != "dense" and self.custom_plan is None:
             raise ViCAError(missing_layers_message(self.variant, self.text_config.num_hidden_layers))
 
     @property
     def plan(self) -> list[LayerPlan]:
-        """What each layer does: as assigned, else what variant, t2v_layers and freeze_prefix say."""
+        """What each layer does: as assigned, else as variant, t2v_layers and freeze_prefix say."""
         if self.custom_plan is not None:
             return plan_from_json(self.custom_plan)
         return make_plan(self.variant, self.text_config.num_hidden_layers, self.t2v_layers, self.freeze_prefix)
 
     @plan.setter
-    def plan(self, layers) -> None:
+    def plan(self, layers: Sequence) -> None:
         plan = plan_from_json(layers)
         check_plan(plan, self.text_config.num_hidden_layers)
         self.custom_plan = plan_to_json(plan)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return formats.read_config(config_dict), kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict(formats.read_config(config_dict), **kwargs)
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "ViCAConfig":
+        fields = formats.read_config(config_dict)
+        if replaces_plan(kwargs):
+            fields = {**fields, "custom_plan": None}
+        return super().from_dict(fields, **kwargs)
 
     def to_diff_dict(self) -> dict:
-        """What is written to config.json: LLaVA's flat form, which LLaVA's own loader reads too."""
+        """Returns what config.json holds: LLaVA's flat form, which LLaVA's own loader reads too."""
         return formats.flat_config(self, super().to_diff_dict())
 
 
-def as_text_config(value) -> TextConfig:
+def as_text_config(value: TextConfig | PreTrainedConfig | dict | None) -> TextConfig:
     if isinstance(value, TextConfig):
         return value
     given = value.to_dict() if isinstance(value, PreTrainedConfig) else dict(value or {})
     return checked("text_config", TextConfig, formats.llama_shape(given))
 
 
-def as_vision_config(value):
+def as_vision_config(value: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:
     if value is None or isinstance(value, PreTrainedConfig):
         return value
-    given = dict(value)
-    return checked("vision_config", AutoConfig.for_model, {"model_type": "clip_vision_model", **given})
+    return checked("vision_config", AutoConfig.for_model, {"model_type": "clip_vision_model", **value})
 
 
-def checked(what: str, make, fields: dict):
-    """transformers' own complaints about a config take several lines."""
+def checked(what: str, make: Callable[..., Config], fields: dict) -> Config:
+    """Returns the config made of `fields`. transformers' own complaints take several lines; the error here is one."""
     try:
         return make(**fields)
     except ViCAError:

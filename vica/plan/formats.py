@@ -1,22 +1,29 @@
-"""The three checkpoint layouts: how each names its settings and its weights.
+"""The three checkpoint formats: how each names its settings and its weights.
 
-    llava   config.json flat (Llama's fields beside mm_*), model_type llava_llama; keys as in `state_dict()` here.
-    hf      transformers' LlavaForConditionalGeneration: nested configs, renamed keys, vocabulary padded.
-    vica    llava's form plus t2v_layers, freeze_prefix, variant and the tower's config; the tower's weights inside.
+    llava   config.json is flat (Llama's fields beside mm_*), model_type is llava_llama; keys as in `state_dict()`.
+    hf      transformers' LlavaForConditionalGeneration: nested configs, renamed keys, a padded vocabulary.
+    vica    llava's form plus t2v_layers, freeze_prefix, variant and the tower's config; the tower's weights are inside.
 
-Everything here is a pure function on dicts and names; files are checkpoint.py's business.
+Everything here is a pure function of dicts and names. vica/checkpoint reads and writes the files.
 """
 
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
 from ..utils.errors import ViCAError
 
+if TYPE_CHECKING:
+    from .config import ViCAConfig
+
+FORMATS = ("llava", "hf", "vica")
+
 LLAVA_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_qwen2", "llava")
 
 # The backbone that a flat config's model_type implies.
-BACKBONES = {"llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
+BACKBONES: dict[str | None, str] = {"llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 
 # Fields of ViCAConfig that config.json holds as they are.
 OWN_FIELDS = (
@@ -31,14 +38,14 @@ COMMON_FIELDS = (
     "quantization_config",
     "_name_or_path",
 )
-# Leading tokens of a tower's output that are no patch.
+# How many leading tokens of a tower's output are no patches.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # Towers that LLaVA checkpoints name without saying more about them.
-CLIP_LARGE = dict(
+CLIP_LARGE: dict[str, Any] = dict(
     model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
     num_attention_heads=16, patch_size=14, projection_dim=768,
 )  # fmt: skip
-KNOWN_TOWERS = {
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": dict(CLIP_LARGE, image_size=224),
     "openai/clip-vit-large-patch14-336": dict(CLIP_LARGE, image_size=336),
     "google/siglip-so400m-patch14-384": dict(
@@ -46,25 +53,26 @@ KNOWN_TOWERS = {
         num_attention_heads=16, patch_size=14, image_size=384,
     ),
 }  # fmt: skip
-# Settings of other model families that change the function when they are on, and are harmless when they are off.
+# Settings of other model families that change the function where they are on, and mean nothing where they are off.
 UNSUPPORTED = {
     "mm_use_im_start_end": "marks around images",
     "use_sliding_window": "sliding-window attention",
     "tune_mm_vision_resampler": "a vision resampler",
 }
-# What LLaVA's loader would get wrong by its defaults: it would add a token, and leave the tower inside unread.
+# Without these, LLaVA's loader would add a token and would not read the tower inside the checkpoint.
 FOR_LLAVA = {
     "use_mm_proj": True,
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
     "unfreeze_mm_vision_tower": True,
 }
-# LLaVA's training and image settings, which its flat config.json keeps among Llama's fields.
+# LLaVA's training and image settings, which its flat config.json mixes with Llama's fields.
 LLAVA_ONLY = ("mm_", "use_mm_", "tune_", "freeze_", "unfreeze_", "image_", "tokenizer_")
 IGNORED_TEXT_FIELDS = ("layer_types", "use_sliding_window", "max_window_layers", "model_type", "_name_or_path")
 
 
-def layout_of(config_dict: dict) -> str:
+def format_of(config_dict: dict) -> str:
+    """Returns the format of a checkpoint with this config.json."""
     model_type = config_dict.get("model_type")
     if model_type == "llava" and "text_config" in config_dict:
         return "hf"
@@ -82,13 +90,14 @@ def layout_of(config_dict: dict) -> str:
 
 
 def read_config(config_dict: dict) -> dict:
-    """config.json of any layout as ViCAConfig's arguments. Given those already, they come back unchanged."""
+    """Returns ViCAConfig's arguments from a config.json of any format. Returns those arguments unchanged if they are
+    what is given."""
     config_dict = dict(config_dict)
     if config_dict.get("model_type", "vica") == "vica" and (
         "text_config" in config_dict or "hidden_size" not in config_dict
     ):
         return config_dict
-    if layout_of(config_dict) == "hf":
+    if format_of(config_dict) == "hf":
         return _read_hf(config_dict)
     return _read_flat(config_dict)
 
@@ -137,10 +146,10 @@ def _read_hf(config_dict: dict) -> dict:
 
 
 def llama_shape(text: dict) -> dict:
-    """A Llama, Mistral or Qwen2 config as fields of TextConfig."""
+    """Returns TextConfig's fields from a Llama, Mistral or Qwen2 config."""
     refuse_unsupported(text)
     model_type = text.get("model_type", "llama")
-    if model_type in ("mistral", "qwen2"):  # fields that are not written mean that family's defaults
+    if model_type in ("mistral", "qwen2"):  # a field that is not written has that family's default
         text = AutoConfig.for_model(**text).to_dict()
     window = text.get("sliding_window")
     if window and window < text.get("max_position_embeddings", 0) and text.get("use_sliding_window", True):
@@ -161,14 +170,14 @@ def refuse_unsupported(config_dict: dict) -> None:
         raise ViCAError("the checkpoint tiles its images (anyres, LLaVA 1.6); only one view an image is supported")
 
 
-def flat_config(config, saved: dict) -> dict:
-    """`saved` is what transformers would write for `config`: the same in LLaVA's flat form."""
+def flat_config(config: "ViCAConfig", saved: dict) -> dict:
+    """Returns config.json in LLaVA's flat form. `saved` is what transformers would write for `config`."""
     text = config.text_config.to_diff_dict()
     text |= old_rope(text.pop("rope_parameters", None) or {})
     for key in (*IGNORED_TEXT_FIELDS, *COMMON_FIELDS, "text_config"):
         text.pop(key, None)
     vision = config.vision_config.to_diff_dict() if config.vision_config is not None else None
-    # LLaVA asks whether mm_vision_tower is there at all, not whether it is null.
+    # LLaVA asks whether the key mm_vision_tower exists, not whether its value is null.
     own = {k: getattr(config, k) for k in OWN_FIELDS if getattr(config, k) is not None}
     if "mm_vision_tower" not in own and (name := known_tower(config)):
         own["mm_vision_tower"] = name
@@ -177,7 +186,8 @@ def flat_config(config, saved: dict) -> dict:
 
 
 def old_rope(rope: dict) -> dict:
-    """rope_parameters as transformers 4 names them, which wants no more than two fields of the kinds that it knows."""
+    """Returns rope_parameters under transformers 4's names. It takes exactly two fields of the
+    kinds that it knows."""
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
     if kind in ("linear", "dynamic"):
@@ -185,22 +195,24 @@ def old_rope(rope: dict) -> dict:
     return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else scaling}
 
 
-def llava_config(config) -> dict:
-    """config.json that LLaVA's own code reads as one of its models, and ours reads with its wiring."""
+def llava_config(config: "ViCAConfig") -> dict:
+    """Returns a config.json that LLaVA's own code takes for one of its models; the wiring is in it for ours."""
     flat = config.to_diff_dict()
     return {**flat, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
 
 
-def known_tower(config) -> str | None:
-    """The public name of a tower of these sizes: LLaVA asks its repository for the image processor."""
+def known_tower(config: "ViCAConfig") -> str | None:
+    """Returns the public name of a tower of these sizes. LLaVA loads the image processor from its repository."""
     for name, sizes in KNOWN_TOWERS.items():
         if all(getattr(config.vision_config, k, None) == v for k, v in sizes.items()):
             return name
     return None
 
 
-def hf_config(config, vocab_size: int, image_token_index: int) -> dict:
-    """config.json of transformers' LlavaForConditionalGeneration; the wiring rides along as extra fields."""
+def hf_config(config: "ViCAConfig", vocab_size: int, image_token_index: int) -> dict:
+    """Returns the config.json of transformers' LlavaForConditionalGeneration, with the wiring in extra fields. The
+    model has a tower."""
+    assert config.vision_config is not None
     vision = config.vision_config.to_diff_dict()
     text = {**config.text_config.to_diff_dict(), "model_type": text_model_type(config), "vocab_size": vocab_size}
     text |= old_rope(text.pop("rope_parameters", None) or {})
@@ -221,30 +233,33 @@ def hf_config(config, vocab_size: int, image_token_index: int) -> dict:
             k: getattr(config, k)
             for k in ("variant", "t2v_layers", "freeze_prefix", "image_aspect_ratio", "conversation")
         },
+        **({} if config.custom_plan is None else {"custom_plan": config.custom_plan}),
     }
 
 
-def drops_class_token(config) -> bool:
+def drops_class_token(config: "ViCAConfig") -> bool:
+    """Returns whether the tower has a class token that the model does not use. The model has a tower."""
+    assert config.vision_config is not None
     has_one = CLASS_TOKENS.get(config.vision_config.model_type, 1)
     return bool(has_one) and config.mm_vision_select_feature == "patch"
 
 
-def text_model_type(config) -> str:
-    """transformers' name of the backbone's shape."""
+def text_model_type(config: "ViCAConfig") -> str:
+    """Returns transformers' name for the backbone's shape."""
     text = config.text_config
     return "qwen2" if text.attention_bias and not text.attention_out_bias else "llama"
 
 
 # --- names of weights ---------------------------------------------------------------------------------------------
 
-# Buffers that old files hold and every model computes for itself.
+# Buffers that old files hold and that every model computes for itself.
 HARMLESS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-# What a whole CLIP or SigLIP holds beside its vision tower.
+# The weights of a whole CLIP or SigLIP outside its vision tower.
 TEXT_TOWER = re.compile(r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale|logit_bias)")
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
-# transformers has written this layout with and without a leading `model.`, with `language_model.model.` or
-# `language_model.`, and with or without `vision_model.`: every form leads to one name here.
+# transformers has written the hf format with and without a leading `model.`, with `language_model.model.` or
+# `language_model.`, and with or without `vision_model.`. All of them map to one name here.
 FROM_HF = (
     (re.compile(r"^(model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model."),
@@ -261,15 +276,17 @@ TO_HF = (
 )
 
 
-def our_name(key: str, layout: str) -> str:
-    return _renamed(key, FROM_HF) if layout == "hf" else key
+def our_name(key: str, format: str) -> str:
+    """Returns the name in `state_dict()` of a weight that a checkpoint calls `key`."""
+    return _renamed(key, FROM_HF) if format == "hf" else key
 
 
 def hf_name(key: str) -> str:
+    """Returns the name in the hf format of a weight that `state_dict()` calls `key`."""
     return _renamed(key, TO_HF)
 
 
-def _renamed(key: str, rules) -> str:
+def _renamed(key: str, rules: Iterable[tuple[re.Pattern, str]]) -> str:
     for pattern, target in rules:
         if pattern.match(key):
             return pattern.sub(target, key)

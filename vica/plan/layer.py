@@ -11,14 +11,14 @@ wiring of their own. A new method is a new plan, never a new model class.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ..utils.errors import ViCAError
 
 VISUAL = ("update", "read", "skip")
 RANKS = ("previous", "own")
-ROUNDINGS = {"round": round, "down": math.floor}
+ROUNDINGS: dict[str, Callable[[float], int]] = {"round": round, "down": math.floor}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ def is_uniform(plan: Sequence[LayerPlan]) -> bool:
     """Whether the visual tokens are the same in every layer: all updated and read, or all frozen, none dropped."""
     frozen = {layer.updates for layer in plan}
     return len(frozen) == 1 and all(layer.drop is None and (layer.reads or not layer.updates) for layer in plan)
+
+
+def updates_visual(plan: Sequence[LayerPlan]) -> bool:
+    """Whether any layer makes visual tokens hidden states. Where none does, they are K/V beside the text."""
+    return any(layer.updates for layer in plan)
 
 
 def drops_before(plan: Sequence[LayerPlan]) -> list[int]:

@@ -1,13 +1,16 @@
 """The plans of ViCA and dense, and the settings that choose them: variant, T2V layers, prefix rule."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from ..utils.errors import ViCAError
 from .layer import LayerPlan
 
 VARIANTS = ("accel", "mask", "dense")
 
-# The layer lists the authors published, and the prefix rule each model was trained with (whole recipes: configs/).
+# The layer lists that the authors published, and the prefix rule that each model was trained with. configs/ holds the
+# whole recipes.
 PUBLISHED = {
     "LLaVA-1.5-3B": ([0, 1, 14, 15, 18, 19, 21, 22, 23], False),
     "LLaVA-1.5-7B": ([0, 1, 7, 8, 9, 10, 11, 14], True),
@@ -18,21 +21,29 @@ PUBLISHED = {
 def make_plan(
     variant: str, num_layers: int, t2v_layers: list[int] | None, freeze_prefix: bool | int
 ) -> list[LayerPlan]:
+    """Returns the plan that the three settings name: dense ignores the other two."""
     if variant == "dense":
         return [LayerPlan()] * num_layers
-    frozen_from, seeing = first_frozen_layer(freeze_prefix, num_layers), set(t2v_layers or [])
-    return [LayerPlan("read" if i in seeing else "skip", prefix_attends=i < frozen_from) for i in range(num_layers)]
+    frozen_from, reading = first_frozen_layer(freeze_prefix, num_layers), set(t2v_layers or [])
+    return [LayerPlan("read" if i in reading else "skip", prefix_attends=i < frozen_from) for i in range(num_layers)]
 
 
 def first_frozen_layer(freeze_prefix: bool | int, num_layers: int) -> int:
-    """The first layer in which prefix tokens get no attention update; num_layers if there is none."""
+    """Returns the first layer in which prefix tokens get no attention update; `num_layers` where there is none."""
     if isinstance(freeze_prefix, bool):
         return 0 if freeze_prefix else num_layers
     return freeze_prefix
 
 
-def parse_t2v_layers(value, num_layers: int, source: str = "t2v_layers") -> list[int]:
-    """A list of layer numbers from a list or a JSON string, sorted; anything else is an error that names the value."""
+def check_variant(value: Any, num_layers: int, source: str = "variant") -> str:
+    """Returns the variant. The number of layers does not matter: every setting's parser takes it."""
+    if value not in VARIANTS:
+        raise ViCAError(f"{source} is {value!r}; it must be one of {', '.join(VARIANTS)}")
+    return str(value)
+
+
+def parse_t2v_layers(value: Any, num_layers: int, source: str = "t2v_layers") -> list[int]:
+    """Returns the sorted layer numbers of a list or of a JSON string. An error names the value and its `source`."""
     layers = value
     if isinstance(value, str):
         try:
@@ -51,14 +62,22 @@ def parse_t2v_layers(value, num_layers: int, source: str = "t2v_layers") -> list
     return sorted(layers)
 
 
-def check_freeze_prefix(value, num_layers: int) -> bool | int:
+def check_freeze_prefix(value: Any, num_layers: int, source: str = "freeze_prefix") -> bool | int:
+    """Returns the prefix rule: true, false or the first layer that freezes the prefix."""
     if isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= num_layers):
         return value
-    raise ViCAError(f"freeze_prefix is {value!r}; it must be true, false or a layer number from 0 to {num_layers}")
+    raise ViCAError(f"{source} is {value!r}; it must be true, false or a layer number from 0 to {num_layers}")
+
+
+def replaces_plan(settings: Mapping[str, Any]) -> bool:
+    """Returns whether settings that a caller names replace a custom plan: layers, a prefix rule, or dense do. accel and
+    mask follow any plan."""
+    wired = (settings.get("t2v_layers"), settings.get("freeze_prefix"))
+    return wired != (None, None) or settings.get("variant") == "dense"
 
 
 def parse_prefix_rule(value: str | None) -> bool | int | None:
-    """What the command line says of freeze_prefix."""
+    """Returns the value of the flag --freeze-prefix."""
     if value is None:
         return None
     try:
@@ -71,6 +90,7 @@ def parse_prefix_rule(value: str | None) -> bool | int | None:
 
 
 def missing_layers_message(variant: str, num_layers: int) -> str:
+    """Returns the error text for a model whose T2V layers nothing names, with the published lists."""
     published = "; ".join(
         f"{name} (freeze_prefix {'on' if frozen else 'off'}): {layers}" for name, (layers, frozen) in PUBLISHED.items()
     )

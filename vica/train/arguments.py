@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..checkpoint.files import read_recipe
 from ..plan.vica import VARIANTS
+from ..plan.wiring import read_recipe
 from ..utils.errors import ViCAError
 from .stages import STAGES
 

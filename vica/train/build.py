@@ -6,13 +6,15 @@ import torch
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoint import files
+from ..checkpoint.projector import read_projector
+from ..checkpoint.source import Source, check_weights
+from ..checkpoint.tower import with_tower
 from ..data.conversation import get_template
 from ..data.processor import ViCAProcessor
 from ..loading import load_processor
 from ..model.llava import ViCAForConditionalGeneration
 from ..plan.config import ViCAConfig
-from ..plan.vica import parse_prefix_rule
+from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..vision.projectors import build_projector
 
@@ -22,32 +24,24 @@ SEEING = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_v
 
 
 def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
-    cache_dir = train_args.cache_dir
-    folder = files.find_folder(model_args.model_name_or_path, cache_dir=cache_dir)
-    raw = files.read_json(folder / "config.json")
-    fresh = files.is_language_model(raw)
-    config = files.apply_settings(
-        new_config(raw, model_args) if fresh else known_config(raw, model_args),
-        variant=model_args.variant,
-        t2v_layers=model_args.t2v_layers,
-        freeze_prefix=parse_prefix_rule(model_args.freeze_prefix),
-        recipe=model_args.config,
-        cache_dir=cache_dir,
-    )
+    source = Source.at(model_args.model_name_or_path, cache_dir=train_args.cache_dir)
+    fresh = source.kind == "language model"
+    config = new_config(source.raw, model_args) if fresh else known_config(source.raw, model_args)
+    config = Wiring.of_flags(model_args).on(with_tower(config, source.cache_dir))
     config.conversation = get_template(model_args.version).name
     config.image_aspect_ratio = data_args.image_aspect_ratio
     config.text_config.use_cache = True
     if config.vision_config is None:
-        raise ViCAError(f"{folder} has no vision tower and --vision_tower names none")
+        raise ViCAError(f"{source.folder} has no vision tower and --vision_tower names none")
 
     set_seed(train_args.seed)  # for a new projector and for adapters
-    weights = files.read_with_tower(folder, config, cache_dir)
+    weights = source.tensors(config)
     if model_args.pretrain_mm_mlp_adapter:
         weights = {name: x for name, x in weights.items() if not name.startswith(PROJECTOR)}
-        weights |= files.read_projector(model_args.pretrain_mm_mlp_adapter)
+        weights |= read_projector(model_args.pretrain_mm_mlp_adapter)
     elif fresh:
         weights |= new_projector(config)
-    files.check_weights(ViCAForConditionalGeneration, config, weights, folder)
+    check_weights(ViCAForConditionalGeneration, config, weights, source.folder)
     model = ViCAForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=loading_dtype(train_args), **quantisation(train_args)
     )
@@ -56,7 +50,7 @@ def build(model_args, data_args, train_args) -> tuple[ViCAForConditionalGenerati
     # FSDP refuses names that no module has
     model._no_split_modules = sorted(present.intersection(model._no_split_modules))
     gather_by_block(model)
-    return model, read_processor(folder, config)
+    return model, read_processor(source.folder, config)
 
 
 def new_config(raw: dict, args) -> ViCAConfig:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..checkpoint.files import read_json
 from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
-from ..utils.files import one_name
+from ..utils.files import one_name, read_json
 from .saving import TRAINED_FILE
 from .stages import Trained
 

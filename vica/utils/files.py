@@ -1,6 +1,7 @@
-"""Folders that appear whole or not at all, and that one run at a time writes."""
+"""Tables read from JSON files; folders that appear whole or not at all, and that one run at a time writes."""
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -22,6 +23,19 @@ os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held
 def one_name(path_or_repo: str | os.PathLike) -> str:
     """However a folder was spelt; a repository of the hub as it is."""
     return os.path.abspath(path_or_repo) if os.path.isdir(path_or_repo) else str(path_or_repo)
+
+
+def read_json(path: Path) -> dict:
+    """Returns the table that a JSON file holds."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ViCAError(f"{path.parent} holds no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ViCAError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ViCAError(f"{path} holds a {type(content).__name__}, not a table of settings")
+    return content
 
 
 @contextmanager

@@ -1,28 +1,30 @@
-"""Numbers that stand for contents: images, weights, and the noise of a request's seed."""
+"""Compute numbers that stand for contents: images, weights, and the noise of a request's seed."""
 
 import hashlib
 
 import torch
 
-CHECKSUM_WORDS = 2**24  # at once, which bounds the memory that a checksum takes
+CHECKSUM_WORDS = 2**24  # summed at once, which bounds the memory that a checksum takes
 
 
 def fingerprint(tensors: list[torch.Tensor]) -> str:
+    """Returns a digest of all values of all tensors."""
     return digest("".join(map(digest_tensor, tensors)).encode())
 
 
-def sample(tensors: list[torch.Tensor], of_each: int = 1024) -> str:
-    """A fingerprint of values here and there (an odd step, so of all columns): what training or merging does to weights
-    changes it."""
+def sample_fingerprint(tensors: list[torch.Tensor], of_each: int = 1024) -> str:
+    """Returns a fingerprint of about `of_each` values of each tensor. Training or merging changes it. The step between
+    the values is odd, so that they come from all columns."""
     return fingerprint([x.detach().flatten()[:: x.numel() // of_each | 1] for x in tensors])
 
 
 def digest(content: bytes) -> str:
+    """Returns 128 bits of the content's BLAKE2b hash in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def digest_tensor(x: torch.Tensor) -> str:
-    """Of the content, made where the tensor lies: 128 bits in which every value and its place have a part."""
+    """Returns a 128-bit digest of the values, their places, the shape and the type, computed on the tensor's device."""
     bits = x.detach().contiguous().flatten().view(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 4)).view(torch.int32)
     sums = []
@@ -35,7 +37,7 @@ def digest_tensor(x: torch.Tensor) -> str:
 
 
 def scramble(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 64-bit numbers that leaves no pattern (splitmix64's finaliser)."""
+    """Returns a bijection of 64-bit numbers that leaves no pattern (splitmix64's finaliser)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
