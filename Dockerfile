@@ -1,6 +1,6 @@
 # The vica program with all extras that need no compiler.   docker build -t vica .
 #   docker run --rm vica                                        the quick start, on the toy models
-#   docker run --rm --gpus all -v "$PWD:/work" vica vica ask --model /work/MODEL --image /work/picture.png "..."
+#   docker run --rm --gpus all -v "$PWD:/data" vica vica ask --model /data/MODEL --image /data/picture.png "..."
 FROM python:3.12-slim
 
 WORKDIR /vica

@@ -11,7 +11,7 @@ from vica.cli.main import build_parser
 from vica.train import arguments
 
 PAGE = (Path(__file__).parents[2] / "docs/from-llava.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## .*`vica (\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
+SECTIONS = dict(re.findall(r"^## [^\n]*`vica (\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
 
 
 def flags_of(verb: str) -> set[str]:
@@ -28,6 +28,10 @@ def test_flags_are_ours(verb):
     rows = re.findall(r"^\| (.*?) \| (.*) \|$", SECTIONS[verb], re.M)[1:]
     told = {flag for _, ours in rows for flag in re.findall(r"`(--[\w-]+)", ours)}
     assert told and told <= flags_of(verb), told - flags_of(verb)
+
+
+def test_all_programs_have_their_table():
+    assert list(SECTIONS) == ["chat", "eval", "train", "convert"]
 
 
 def test_what_has_the_same_name_is_not_told_to_be_missing():
