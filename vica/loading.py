@@ -13,6 +13,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from .checkpoint import adapters, files
 from .checkpoint.convert import convert as rewrite
+from .checkpoint.folder import LAYOUTS
 from .data.processor import ViCAProcessor
 from .data.tokenizer import add_image_token, load_tokenizer
 from .model.llava import ViCAForConditionalGeneration
@@ -23,7 +24,6 @@ from .utils.errors import ViCAError
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-LAYOUTS = ("llava", "hf", "vica")
 
 
 def load(

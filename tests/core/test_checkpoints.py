@@ -452,7 +452,7 @@ def test_forms_of_the_towers_name(tmp_path, name):
 
 def test_hub_arguments_reach_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr(files, "snapshot_download", lambda repo, **kwargs: asked.append(kwargs) or 1 / 0)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **kwargs: asked.append(kwargs) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         vica.load("someone/model", revision="v1", token="t", cache_dir="c")
     assert {k: asked[0][k] for k in ("revision", "token", "cache_dir")} == dict(revision="v1", token="t", cache_dir="c")

@@ -12,8 +12,6 @@ import pickle
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
@@ -21,40 +19,18 @@ from ..plan import formats
 from ..plan.config import ViCAConfig
 from ..plan.vica import parse_t2v_layers
 from ..utils.errors import ViCAError
+from .folder import NON_LORA_FILE, SHARD_SIZE, find_folder  # noqa: F401
 
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG = "adapter_config.json"
-NON_LORA_FILE = "non_lora_trainables.bin"  # what else learned beside adapters, LLaVA's name
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")  # model types of a plain one's config.json
-SHARD_SIZE = "5GB"
 RECIPE = {"t2v_layers", "freeze_prefix"}  # of which a file of configs/ names one at least
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
-
-
-def find_folder(path_or_repo: str | os.PathLike, weights: bool = True, **hub_kwargs) -> Path:
-    """A local folder as it is; else a repository of the Hugging Face hub, from its cache or downloaded (without its
-    weights, if only settings are wanted)."""
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or str(path_or_repo).startswith("."):
-        raise ViCAError(f"{path_or_repo} is no folder with a checkpoint")
-    try:
-        found = snapshot_download(str(path_or_repo), allow_patterns=SMALL_FILES, **hub_kwargs)
-        kinds = ("*.safetensors", "*.bin")
-        for kind in kinds if weights else ():
-            if not any(Path(found).glob(kinds[0])):
-                snapshot_download(str(path_or_repo), allow_patterns=[kind, NON_LORA_FILE], **hub_kwargs)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ViCAError(f"{path_or_repo} is no folder here and cannot be had from the hub: {reason}") from error
-    return Path(found)
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from tqdm import tqdm
 
 from ..engine import Engine, Request, Result
 from ..eval.ranks import PATIENCE
 from ..loading import load
 from ..utils.errors import ViCAError
+from ..utils.progress import counter
 from .likelihood import Candidate, log_likelihoods
 from .lmms_eval_options import (
     ImageKeys,
@@ -110,7 +110,7 @@ class ViCA(lmms):
         self._touch_tasks(requests)
         answers: list[GenerationResult | None] = [None] * len(requests)
         asked = ahead(lambda place: self._request(place, requests[place]), self._by_image(requests), WORKERS)
-        with self._bar(len(requests), " answers") as bar:
+        with self._bar(len(requests), "answers") as bar:
             for request in self.engine.results(asked):
                 answers[request.id] = self._answer(requests[request.id], request.result)
                 bar.update()
@@ -144,7 +144,7 @@ class ViCA(lmms):
         self._engine = None  # its memory is needed
         values: list[GenerationResult | None] = [None] * len(requests)
         order, rows = self._by_image(requests), self.max_batch or CANDIDATES
-        with self._bar(len(requests), " candidates") as bar:
+        with self._bar(len(requests), "candidates") as bar:
             for first in range(0, len(order), rows):
                 places = order[first : first + rows]
                 batch = [requests[place] for place in places]
@@ -184,5 +184,5 @@ class ViCA(lmms):
         for request in {request.task_name: request for request in requests}.values():
             self._images(*request.args[2:])
 
-    def _bar(self, total: int, unit: str) -> tqdm:
-        return tqdm(total=total, desc="vica", unit=unit, disable=self.rank != 0)
+    def _bar(self, total: int, unit: str):
+        return counter(total, unit, "vica", shown=self.rank == 0)
