@@ -14,20 +14,8 @@ from ..utils.table import table
 from .clock import Timing, failures_noted, progress
 from .inputs import Prompts, Shape
 from .models import Models
-from .report import COLUMNS, Report, own_failures, ratio
-
-DEFAULTS = {"cuda": dict(requests=36, answer=16), "cpu": dict(requests=18, answer=4)}
-MEASURED = {"transformers": "dense", "dense": "dense", "prefix": "accel"}  # columns, and what their formula is
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, help="at once")
-    parser.add_argument("--answer", type=int, help="tokens each may answer")
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 18], help="on each image (1 18)")
-    parser.add_argument("--visual", type=int, help="tokens an image (default: the model's own)")
-    parser.add_argument(
-        "--columns", nargs="+", choices=MEASURED, default=list(MEASURED), metavar="COLUMN", help=" ".join(MEASURED)
-    )
+from .options import COLUMNS, MEMORY_COLUMNS
+from .report import Report, own_failures, ratio
 
 
 @dataclass
@@ -51,7 +39,7 @@ def run(args: argparse.Namespace, models: Models) -> Report:
     cells = [
         measure(models, shape, column, args.requests, questions)
         for questions in args.questions
-        for column in MEASURED
+        for column in MEMORY_COLUMNS
         if column in args.columns
     ]
     sections = [memory_table(cells, questions, shape, args) for questions in args.questions]
@@ -66,9 +54,9 @@ def measure(models: Models, shape: Shape, column: str, requests: int, questions:
         if column == "transformers":
             held = transformers_holds(models, prompts, features)
         else:
-            held = engine_holds(models, prompts, features, MEASURED[column])
+            held = engine_holds(models, prompts, features, MEMORY_COLUMNS[column])
     progress(f"memory, {column}, {questions} questions an image: {timing.failure or f'{held.kv / 1e6:.3f} MB'}")
-    counted = Counted(models.wired(MEASURED[column]).config, models.dtype.itemsize, shape)
+    counted = Counted(models.wired(MEMORY_COLUMNS[column]).config, models.dtype.itemsize, shape)
     # transformers shares nothing between requests
     shared = held.requests * counted.alone if column == "transformers" else counted.together(held)
     cell = dict(column=column, questions=questions, failure=timing.failure, running=held.requests)

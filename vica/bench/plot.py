@@ -1,7 +1,7 @@
 """Times of the latency measurement as a picture: against the batch, and against an image's visual tokens."""
 
 from ..utils.errors import ViCAError
-from .report import COLUMNS
+from .options import COLUMNS
 
 # Phase of the cells, what lies on the x axis, its label, the panel's title.
 PANELS = (

@@ -3,7 +3,6 @@
 import argparse
 
 from ..checkpoint.folder import find_folder
-from ..data.images import load_image
 from . import common
 
 SCHEMA = (
@@ -25,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     find_folder(args.model, weights=False)  # wrong paths are told before torch is imported and a model loaded
+    from ..data.images import load_image
+
     images = [load_image(x) for x in args.image]
     options = common.generation_options(args)
     from .talk import Talk

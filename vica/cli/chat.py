@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..checkpoint.folder import find_folder
-from ..data.images import load_image
 from ..utils.errors import ViCAError
 from . import common
 
@@ -25,6 +24,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     find_folder(args.model, weights=False)  # wrong paths are told before torch is imported and a model loaded
+    from ..data.images import load_image
+
     images = [load_image(x) for x in args.image]
     options = common.generation_options(args)
     from .talk import Talk
@@ -48,6 +49,7 @@ def read_line() -> str | None:
 
 def follow(line: str, talk: Talk, images: list) -> list:
     """Does what a line says. `images` wait for the next message; so do those returned."""
+    from ..data.images import load_image
     from ..data.tokenizer import IMAGE_MARK
 
     command, _, rest = line.partition(" ")
