@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..train.flags import STAGES
+
 # Every column that a table or a plot may have: its name on the command line and in the JSON, and its title.
 COLUMNS = {
     "transformers": "transformers LLaVA, SDPA",
@@ -37,7 +39,6 @@ PHASES = {
     "decode": "decode, ms a step, over {args.steps} steps",
     "generate": "decode through engine.generate, ms a step",
 }
-STAGES = ("pretrain", "finetune")
 PRESETS = ("3b", "7b", "13b", "toy")
 POPE_QUESTIONS, POPE_IMAGES = 8910, 500
 

@@ -14,8 +14,9 @@ import torch
 from ..model.loss import IGNORE
 from ..plan.flops import sample_flops
 from ..plan.sizes import visual_tokens
+from ..train.flags import STAGES
 from ..train.meter import count_tokens, passes
-from ..train.stages import STAGES, Trained, freeze
+from ..train.stages import Trained, freeze
 from ..utils.table import table
 from .clock import Timing, failures_noted, product_rate, progress, timed
 from .models import Models

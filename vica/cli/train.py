@@ -1,5 +1,7 @@
 """Train stage 1 (the projector) or stage 2 (projector and language model) on LLaVA's data formats."""
 
+import sys
+
 from ..utils.errors import ViCAError
 
 
@@ -8,6 +10,11 @@ def add_arguments(parser) -> None:
 
 
 def run(argv: list[str]) -> int:
+    if {"-h", "--help"}.intersection(argv):
+        from ..train.help import format_help  # without torch
+
+        sys.stdout.write(format_help())
+        return 0
     try:
         from ..train.run import main
     except ImportError as error:
