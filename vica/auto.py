@@ -45,7 +45,7 @@ class Watch(MetaPathFinder):
     """Finds modules as the finders behind it do, and notes when the outermost watched import of a thread ends."""
 
     def __init__(self):
-        self.lock, self.thread, self.warned = threading.Lock(), threading.local(), False
+        self.lock, self.thread = threading.Lock(), threading.local()
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in WATCHED:
@@ -77,10 +77,8 @@ class Watch(MetaPathFinder):
             if self in sys.meta_path:
                 register()
                 sys.meta_path.remove(self)
-        except Exception as error:  # another library's import is under way and half done; the next one tries again
-            if not self.warned:
-                log.warning("transformers' Auto classes do not know model_type 'vica' yet: %s", error)
-            self.warned = True
+        except Exception as error:  # another library's or thread's import is half done: the next one tries again
+            log.info("transformers' Auto classes do not know model_type 'vica' yet: %s", error)
         finally:
             self.lock.release()
 

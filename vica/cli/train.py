@@ -1,7 +1,5 @@
 """Train stage 1 (the projector) or stage 2 (projector and language model) on LLaVA's data formats."""
 
-import sys
-
 from ..utils.errors import ViCAError
 
 
@@ -11,10 +9,9 @@ def add_arguments(parser) -> None:
 
 def run(argv: list[str]) -> int:
     if {"-h", "--help"}.intersection(argv):
-        from ..train.help import format_help  # without torch
+        from ..train.help import help_parser  # without torch
 
-        sys.stdout.write(format_help())
-        return 0
+        help_parser().parse_args(["--help"])
     try:
         from ..train.run import main
     except ImportError as error:

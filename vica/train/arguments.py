@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..utils.errors import ViCAError
 from .flags import STAGES, USAGE, DataArguments, ModelArguments, RunArguments
-from .help import format_help
+from .help import help_parser
 from .settings import with_file
 
 # What less of would be a traceback from somewhere in torch, with the model already loaded.
@@ -99,7 +99,7 @@ def one_line_complaints():
 
 class Parser(HfArgumentParser):
     def format_help(self) -> str:
-        return format_help()
+        return help_parser().format_help()
 
 
 def build_parser() -> Parser:

@@ -20,7 +20,8 @@ SETTINGS = (
 THEIRS = "transformers' own (TrainingArguments)"
 
 
-def format_help() -> str:
+def help_parser() -> argparse.ArgumentParser:
+    """Returns a parser that knows --help; what parses a run's flags is `arguments.build_parser`."""
     parser = argparse.ArgumentParser(prog="vica train", usage=USAGE, description=ABOUT, epilog=SETTINGS)
     ours = {one.name: one for kind in (ModelArguments, DataArguments, RunArguments) for one in fields(kind)}
     for title, names in GROUPS.items():
@@ -32,7 +33,7 @@ def format_help() -> str:
     for name, *told in transformers_flags():
         if name not in ours:
             add(group, name, *told)
-    return parser.format_help()
+    return parser
 
 
 def add(group, name: str, kind: str, default: str, told: str) -> None:

@@ -40,7 +40,8 @@ def read(file: Path) -> dict:
 
 
 def as_flags(parser: argparse.ArgumentParser, file: Path, settings: dict) -> list[str]:
-    """Returns the settings as a command line, each checked by the parser itself. None leaves a setting out."""
+    """Returns the settings as a command line, each checked by the parser itself. None where that is the default says
+    nothing."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     checker, flags = copy.copy(parser), []
 
@@ -53,6 +54,8 @@ def as_flags(parser: argparse.ArgumentParser, file: Path, settings: dict) -> lis
         if name not in actions:
             near = difflib.get_close_matches(name, actions, 1)
             refuse(f"{key!r} is no flag of vica train" + (f"; is {near[0]} meant?" if near else ""))
+        if value is None and (default := parser.get_default(name)) is not None:
+            refuse(f"{key} is null, which no flag can say; its default is {default}")
         if value is None:
             continue
         several = isinstance(value, list) and actions[name].nargs == "+"
