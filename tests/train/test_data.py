@@ -362,7 +362,7 @@ def test_check(tmp_path, folder, capsys):
 
 
 def test_check_as_json(tmp_path, folder, capsys):
-    data = write(tmp_path / "data.jsonl", [*RECORDS, RECORDS[0], {**RECORDS[2], "id": "x\ud800", "image": "no.png"}])
+    data = write(tmp_path / "data.json", [*RECORDS, RECORDS[0], {**RECORDS[2], "id": "x\ud800", "image": "no.png"}])
     command = ["data", "check", str(data), "--image-folder", str(folder), "--workers", "0", "--json"]
     assert main(command) == 1
     got = capsys.readouterr()
