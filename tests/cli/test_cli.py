@@ -357,6 +357,14 @@ def test_ask_as_json(model, picture, variant, capsys):
     assert got.out == "" and got.err.count("\n") == 1
 
 
+def test_what_libraries_print_is_no_part_of_the_json(model, monkeypatch, capsys):
+    greeted = Talk.say
+    monkeypatch.setattr(Talk, "say", lambda *args, **more: print("hello") or greeted(*args, **more))
+    assert ask(model, "--json", "What?") == 0
+    got = capsys.readouterr()
+    assert json.loads(got.out)["answer_tokens"] == 4 and "hello\n" in got.err
+
+
 def test_info_as_json(model, tmp_path, capsys):
     assert main(["info", model, "--json", "--freeze-prefix", "2"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -36,4 +36,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         wiring = {name: getattr(model.config, name) for name in ("variant", "t2v_layers", "freeze_prefix")}
         told = dict(question=args.question, images=args.image, answer=answer, answer_tokens=talk.answer_tokens)
-        common.print_json({**told, "finish_reason": talk.finish_reason, "model": args.model, **wiring})
+        common.print_json(args, {**told, "finish_reason": talk.finish_reason, "model": args.model, **wiring})

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from ..plan.vica import VARIANTS, parse_prefix_rule
@@ -33,9 +36,17 @@ def add_json(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.epilog = f"With --json stdout holds one JSON object: {schema}"
 
 
-def print_json(result: dict) -> None:
+@contextmanager
+def json_alone(args: argparse.Namespace) -> Iterator[None]:
+    """With --json, sends to stderr what else is printed: libraries greet on stdout. `print_json` keeps the real one."""
+    args.stdout = sys.stdout
+    with redirect_stdout(sys.stderr) if getattr(args, "json", None) is True else nullcontext():
+        yield
+
+
+def print_json(args: argparse.Namespace, result: dict) -> None:
     """In ASCII: JSON may hold half a character, which no terminal takes."""
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1), file=args.stdout)
 
 
 def add_wiring(parser: argparse.ArgumentParser, variant: str | None = None) -> None:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         summary.add(found)
     counted = figures(summary, args.model_max_length if args.model else None)
     if args.json:
-        common.print_json(counted)
+        common.print_json(args, counted)
     else:
         print("\n".join(f"{name:<14}{value}" for name, value in describe(counted)))
     tell_broken(summary, args.report, listed=not args.json)

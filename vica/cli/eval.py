@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     summary["benchmarks"] = report.with_earlier(summary["benchmarks"], out / "summary.json", about)
     written = report.save(summary, out)
     if args.json:
-        common.print_json({**summary, "files": [str(path) for path in written]})
+        common.print_json(args, {**summary, "files": [str(path) for path in written]})
     else:
         print("\n" + table([report.HEADING, *report.cells(summary)]))
         print(*written)

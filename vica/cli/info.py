@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from ..checkpoint.folder import find_folder
@@ -32,7 +31,7 @@ def run(args) -> None:
     config = read(args)
     found = figures(config)
     if args.json:
-        common.print_json({"model": args.model, **found})
+        common.print_json(args, {"model": args.model, **found})
     else:
         print("\n".join(f"{name:<14}{value}" for name, value in describe(found)))
 
@@ -46,7 +45,7 @@ def read(args) -> ViCAConfig:
     except ViCAError as error:
         if args.variant or args.t2v_layers or "needs t2v_layers" not in str(error):
             raise
-        print(f"note: {error}; shown as dense", file=sys.stderr if args.json else sys.stdout)
+        print(f"note: {error}; shown as dense")
         return files.read_config(folder, **{**settings, "variant": "dense"})
 
 

@@ -5,7 +5,7 @@ import sys
 
 from .. import __version__
 from ..utils.program import exit_status, start_logging
-from . import ask, bench, chat, convert, data, eval, info, train
+from . import ask, bench, chat, common, convert, data, eval, info, train
 
 VERBS = {
     "ask": ask,
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         return exit_status("vica train", lambda: train.run(argv[1:]))
     args = build_parser().parse_args(argv)
     start_logging(args.log_level)
-    return exit_status(f"vica {args.verb}", lambda: VERBS[args.verb].run(args))
+    with common.json_alone(args):
+        return exit_status(f"vica {args.verb}", lambda: VERBS[args.verb].run(args))
 
 
 if __name__ == "__main__":
