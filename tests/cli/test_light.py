@@ -44,7 +44,6 @@ def python(*lines: str) -> str:
         (["chat", "--model", "/nowhere"], 1, "vica chat: /nowhere is no folder with a checkpoint\n"),
         (["info", "a/b/c"], 1, "vica info: a/b/c is no folder here and cannot be had from the hub: Repo id must be"),
         (["ask", "--model", "nowhere", "Q"], 1, "vica ask: nowhere is no folder here and cannot be had from the hub:"),
-        (["eval", "pope", "--model", "./nowhere"], 1, "vica eval: ./nowhere is no folder with a checkpoint\n"),
         (["convert", "./nowhere", "x", "--to", "hf"], 1, "vica convert: ./nowhere is no folder with a checkpoint\n"),
         (["data", "check", "x", "--model", "./no"], 1, "vica data: ./no is no folder with a checkpoint\n"),
         (["bench", "flops", "--model", "./no"], 1, "vica bench: ./no is no folder with a checkpoint\n"),

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.folder import find_folder
 from ..utils.errors import ViCAError
 from ..utils.files import held, one_name
 from ..utils.table import table
@@ -69,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    find_folder(args.model, weights=False)  # a wrong path is told at once
     from ..eval import report
     from ..eval.answering import answerer
     from ..eval.ranks import all_ranks
