@@ -18,7 +18,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..kernels.weights import check_plain
 from ..model.generation import PLAIN
@@ -27,6 +26,7 @@ from ..plan.layer import is_uniform
 from ..plan.sizes import visual_tokens
 from ..utils.errors import ViCAError
 from ..utils.hashing import fingerprint
+from ..utils.progress import counter
 from .budget import Budget
 from .image_memory import ImageMemory
 from .inputs import Inputs
@@ -88,7 +88,7 @@ class Engine:
         """The results, in order. A request that fails says why in its result; the others are answered."""
         requests = list(requests)
         results: list[Result | None] = [None] * len(requests)
-        with tqdm(total=len(requests), disable=not progress, unit=" answers") as bar:
+        with counter(len(requests), "answers", shown=progress) as bar:
             for place, request, _ in self._run(requests, streaming=False):
                 results[place] = request.result
                 bar.update()
