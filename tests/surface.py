@@ -169,7 +169,8 @@ def training_flags() -> Iterator[tuple[str, str]]:
     from vica.train.arguments import DataArguments, ModelArguments, TrainArguments
 
     for owner in (ModelArguments, DataArguments, TrainArguments):
-        ours = inspect.get_annotations(owner)
+        classes = [one for one in owner.__mro__ if one.__module__.startswith("vica.")]
+        ours = {name for one in classes for name in inspect.get_annotations(one)}
         for field in dataclasses.fields(owner):
             if field.name not in ours:
                 continue

@@ -13,6 +13,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from .checkpoint import adapters, files
 from .checkpoint.convert import convert as rewrite
+from .checkpoint.folder import SHARD_SIZE
 from .checkpoint.source import Source
 from .data.processor import ViCAProcessor
 from .data.tokenizer import add_image_token, load_tokenizer
@@ -112,7 +113,7 @@ def _load_processor(folder: Path, config: ViCAConfig) -> ViCAProcessor | None:
     return processor
 
 
-def convert(source, target, to: str, base=None, shard_size: str = files.SHARD_SIZE, **settings) -> Path:
+def convert(source, target, to: str, base=None, shard_size: str = SHARD_SIZE, **settings) -> Path:
     """Rewrites a checkpoint as `to` ("llava", "hf" or "vica"), its tokenizer and processor with it, and returns the new
     folder. Adapters are merged into their base: `base`, or the one that they name. `settings` are Wiring's."""
     if to not in formats.FORMATS:

@@ -41,7 +41,7 @@ def run(args) -> None:
 def answers(model, processor, questions: list[dict], images: Path) -> dict[int, str]:
     engine = Engine(model, processor)
     requests = [Request.ask(q["text"], [images / q["image"]], max_new_tokens=ANSWER) for q in questions]
-    results = engine.generate(requests, progress=sys.stderr.isatty())
+    results = engine.generate(requests, progress=True)
     if failed := next((r for r in results if r.error), None):
         raise ViCAError(f"a question was not answered: {failed.error}")
     return {q["question_id"]: r.text for q, r in zip(questions, results)}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from scripts.toy.base import check_least, check_part
@@ -22,6 +21,7 @@ from vica.toy.questions import questions_about
 from vica.toy.world import random_scene
 from vica.utils.errors import ViCAError
 from vica.utils.program import DEFAULT, exit_status, quiet_transformers
+from vica.utils.progress import progress
 from vica.utils.table import table
 
 KEPT = 32  # sets of one size, from which the next size is built
@@ -62,7 +62,7 @@ def search(reader: "Reader", other: "Reader", count: int) -> str:
     kept: list[frozenset[int]] = [frozenset()]
     for size in range(1, count + 1):
         larger = {one | {layer} for one in kept for layer in everything - one}
-        scores = {one: reader(one) for one in tqdm(larger, f"{size} layers", disable=None)}
+        scores = {one: reader(one) for one in progress(larger, len(larger), "sets", f"{size} layers")}
         kept = sorted(scores, key=lambda one: (-scores[one].likelihood, sorted(one)))[:KEPT]
     rows = [("layers", "right, %", "log-likelihood")]
     found = [("all", other(everything)), ("none", other(())), *((sorted(one), other(one)) for one in kept[:SHOWN])]

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
+
+from vica.utils.progress import counter
 
 
 def learn(model, loss: Callable[[], torch.Tensor], steps: int, rate: float, name: str, device: torch.device):
@@ -26,14 +27,15 @@ def learn(model, loss: Callable[[], torch.Tensor], steps: int, rate: float, name
 
     model.train()
     run = capture(step) if captured else step
-    with tqdm(range(steps), desc=name, disable=None) as bar:
-        for done in bar:
+    with counter(steps, "steps", name) as bar:
+        for done in range(steps):
             now = rate * min((done + 1) / max(1, steps // 20), 0.5 * (1 + np.cos(np.pi * done / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = rates.fill_(now) if captured else now
             value = run()
             if done % 100 == 0 or done == steps - 1:
                 bar.set_postfix(loss=f"{value.item():.3f}")
+            bar.update()
     print(f"{name}: loss {value.item():.3f} after {steps} steps", flush=True)
     return model.eval().cpu()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -22,6 +21,7 @@ from scripts.toy.base import check_least, check_part
 from vica.loading import check_device
 from vica.toy.world import COLOURS, SHAPES, SIDE, SIZES, Thing, draw, random_scene
 from vica.utils.program import DEFAULT, exit_status, quiet_transformers
+from vica.utils.progress import progress
 from vica.utils.table import table
 
 PATCH, LAYER = 14, -2  # LLaVA's layer
@@ -108,7 +108,8 @@ def look(tower: CLIPVisionModel, seed: str, count: int) -> tuple[torch.Tensor, l
         [],
     )
     scenes = [random_scene(rng) for _ in range(count)]
-    for start in tqdm(range(0, count, 256), f"looking, {seed.split()[0]}", disable=None):
+    starts = range(0, count, 256)
+    for start in progress(starts, len(starts), "batches", f"looking, {seed.split()[0]}"):
         some = scenes[start : start + 256]
         pixels = preprocess([draw(scene) for scene in some], return_tensors="pt").pixel_values.to(tower.device)
         seen = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[LAYER][:, 1:].float()

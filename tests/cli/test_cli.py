@@ -339,6 +339,47 @@ def test_info_of_a_checkpoint_that_names_no_layers(model, tmp_path, capsys):
     assert "is no layer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variant", ["accel", "mask"])
+def test_ask_as_json(model, picture, variant, capsys):
+    options = ["--image", str(picture), "--variant", variant, "What is it?"]
+    assert ask(model, *options) == 0
+    answer = capsys.readouterr().out.strip()
+    assert ask(model, *options, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told.pop("answer") == answer and told.pop("question") == "What is it?"
+    wiring = dict(variant=variant, t2v_layers=[0, 3], freeze_prefix=True)
+    assert told == dict(images=[str(picture)], answer_tokens=4, finish_reason="length", model=model, **wiring)
+    assert ask(model, *options, "--json", "--stop", answer[:1]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["answer"], told["finish_reason"]) == ("", "stop")
+    assert ask(model, "--json", "long " * 2048) == 1
+    got = capsys.readouterr()
+    assert got.out == "" and got.err.count("\n") == 1
+
+
+def test_what_libraries_print_is_no_part_of_the_json(model, monkeypatch, capsys):
+    greeted = Talk.say
+    monkeypatch.setattr(Talk, "say", lambda *args, **more: print("hello") or greeted(*args, **more))
+    assert ask(model, "--json", "What?") == 0
+    got = capsys.readouterr()
+    assert json.loads(got.out)["answer_tokens"] == 4 and "hello\n" in got.err
+
+
+def test_info_as_json(model, tmp_path, capsys):
+    assert main(["info", model, "--json", "--freeze-prefix", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["model"] == model and told["reading_layers"] == [0, 3] and told["prefix_layers"] == [0, 1]
+    assert told["backbone"]["layers"] == 8 and set(told["parameters"]) == {"language", "tower", "projector"}
+    assert told["visual_tokens"] == 576 and told["kv_bytes_an_image"] == 1179648
+    assert 0 < told["visual_flops"] < told["dense_visual_flops"]
+    config = json.loads(open(f"{model}/config.json").read())
+    del config["t2v_layers"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llava_llama"}))
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    got = capsys.readouterr()
+    assert json.loads(got.out)["variant"] == "dense" and "shown as dense" in got.err
+
+
 def test_convert(model, picture, tmp_path, capsys):
     outs = []
     assert ask(model, "--image", str(picture), "What?") == 0

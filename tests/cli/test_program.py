@@ -1,10 +1,13 @@
 """Tests how every program ends: one line for a user's mistake, a traceback for a fault of ours."""
 
+import logging
+
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from vica.utils.errors import ViCAError
-from vica.utils.program import exit_status
+from vica.utils.program import exit_status, quiet_transformers, start_logging
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,18 @@ def test_a_fault_of_ours_is_a_traceback():
 
 def test_status_of_the_work():
     assert exit_status("vica train", lambda: 3) == 3 and exit_status("vica train", lambda: None) == 0
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_log_levels(level, monkeypatch):
+    """By default nothing is set up: Python prints warnings as they are, and transformers tells errors alone."""
+    ours, before, set_up = logging.getLogger("vica"), transformers_logging.get_verbosity(), []
+    monkeypatch.setattr(ours, "level", logging.NOTSET)
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: set_up.append(given))
+    start_logging(level)
+    quiet_transformers()
+    theirs = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(before)
+    assert ours.level == (logging.NOTSET if level == "warning" else getattr(logging, level.upper()))
+    assert theirs == (logging.ERROR if level in ("warning", "error") else ours.level)
+    assert len(set_up) == (level != "warning")

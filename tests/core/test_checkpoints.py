@@ -21,7 +21,6 @@ from transformers import (
 import vica
 from tests.builders import VOCAB, Row, assert_close, batch, image, tiny_model, tiny_vision
 from vica import testing as toy
-from vica.checkpoint import files
 from vica.checkpoint.source import Source
 from vica.loading import check_device
 from vica.plan import formats
@@ -454,7 +453,7 @@ def test_forms_of_the_towers_name(tmp_path, name):
 
 def test_hub_arguments_reach_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr(files, "snapshot_download", lambda repo, **kwargs: asked.append(kwargs) or 1 / 0)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **kwargs: asked.append(kwargs) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         vica.load("someone/model", revision="v1", token="t", cache_dir="c")
     assert {k: asked[0][k] for k in ("revision", "token", "cache_dir")} == dict(revision="v1", token="t", cache_dir="c")

@@ -15,7 +15,7 @@ FLOORS = [
     ["data", "kernels", "plan", "toy"],
     ["checkpoint", "vision"],
     ["model"],
-    ["engine", "loading", "testing"],
+    ["auto", "engine", "loading", "testing"],
     ["eval", "train"],
     ["bench", "integrations"],
     ["__init__"],

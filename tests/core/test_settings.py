@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import vica
 from tests.builders import tiny_config, tiny_model, tiny_vision
 from vica import testing
-from vica.checkpoint import files
+from vica.checkpoint import source as source_module
 from vica.checkpoint.source import Source
 from vica.plan import config as config_module
 from vica.plan import wiring
@@ -188,8 +188,8 @@ def looks(monkeypatch):
         parsed.append(value)
         return parse_t2v_layers(value, *args, **kwargs)
 
-    real = files.find_folder
-    monkeypatch.setattr(files, "find_folder", find_folder)
+    real = source_module.find_folder
+    monkeypatch.setattr(source_module, "find_folder", find_folder)
     monkeypatch.setattr(config_module, "parse_t2v_layers", parse)
     settings = [s if s.name != "t2v_layers" else replace(s, parse=parse) for s in wiring.SETTINGS]
     monkeypatch.setattr(wiring, "SETTINGS", tuple(settings))

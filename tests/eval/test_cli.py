@@ -48,6 +48,14 @@ def test_a_broken_image_changes_the_exit_code(model, tmp_path, capsys):
     assert evaluate("pope", model, data, out) == 0
 
 
+def test_json_is_all_that_stdout_holds(model, data, tmp_path, capsys):
+    assert evaluate("pope", model, data, tmp_path / "out", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    files = told.pop("files")
+    assert told == json.loads((tmp_path / "out/summary.json").read_text())
+    assert str(tmp_path / "out/summary.json") in files and told["benchmarks"][0]["task"] == "pope"
+
+
 def test_failed_questions_count_as_wrong(model, tmp_path):
     data = write_data(tmp_path / "data")
     for path in data.rglob("*"):

@@ -367,6 +367,27 @@ def test_check(tmp_path, folder, capsys):
     assert "too long      2 for --model-max-length 1,000" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Saved before a test captures stdout, which libraries that saving imports would keep to greet on."""
+    return str(save(tmp_path_factory.mktemp("toy") / "model"))
+
+
+def test_check_as_json(toy, tmp_path, folder, capsys):
+    data = write(tmp_path / "data.json", [*RECORDS, RECORDS[0], {**RECORDS[2], "id": "x\ud800", "image": "no.png"}])
+    command = ["data", "check", str(data), "--image-folder", str(folder), "--workers", "0", "--json"]
+    assert main(command) == 1
+    got = capsys.readouterr()
+    told = json.loads(got.out)
+    assert got.err.splitlines()[-1] == "vica data: 1 of 5 samples are broken"
+    assert [broken["id"] for broken in told["broken"]] == ["x\ud800"] and "no.png" in told["broken"][0]["reason"]
+    counts = dict(samples=5, with_image=3, images=5, text_only=1, turns=8, ids=4, ids_twice=1)
+    assert {name: told[name] for name in counts} == counts and told["lengths"] is told["positions"] is None
+    assert main([*command, "--model", toy, "--model-max-length", "1000"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["too_long"] == 2 and told["lengths"]["longest"] > 1000 and told["learned"] > 0
+
+
 def test_check_finds_all_samples_that_training_would_skip(tmp_path, folder, capsys):
     """Uses an image that can be read but not padded to a square, and half a character, which cannot be printed."""
     Image.new("RGB", (20000, 1)).save(folder / "long.png")

@@ -12,7 +12,9 @@ import pytest
 
 from tests.training import LAYERS, arguments, losses, write_base
 from vica.toy.write import write
-from vica.train.arguments import build_parser
+from vica.train.arguments import build_parser, parse
+from vica.train.flags import GROUPS
+from vica.train.help import help_parser
 from vica.train.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,73 @@ def test_flags_are_known(script):
     known = set(build_parser()._option_string_actions)
     assert not flags_of(script) - known - LAUNCHERS
     assert script.name in ("launch.sh", "finetune.slurm") or len(flags_of(script)) > 8
+
+
+def test_help_has_every_flag_in_groups_ours_first():
+    told = help_parser().format_help()
+    assert build_parser().format_help() == told
+    shown = re.findall(r"^  --(\w+)", told, re.M)
+    assert sorted(shown) == sorted({action.dest for action in build_parser()._actions} - {"help"})
+    ours = [name for names in GROUPS.values() for name in names]
+    assert shown[: len(ours)] == ours
+    words = " ".join(told.split())
+    assert words.index("what learns:") < words.index("LLaVA's flags") < words.index("transformers' own")
+    for default in ("--lora_r N rank of the adapters (default: 64)", "training. (default: 8)", "cut (default: 2048)"):
+        assert default in words
+
+
+FLAGS = dict(
+    model_name_or_path="llm", data_path=["a.json", "b.json"], output_dir="out", stage="pretrain", learning_rate="2e-5",
+    t2v_layers=[0, 2], freeze_prefix=False, bf16=False, mm_vision_select_layer=-3, image_folder=None, use_cpu=True,
+)  # fmt: skip
+
+
+def test_a_file_of_settings_stands_for_flags(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(FLAGS))
+    (tmp_path / "a.yaml").write_text(
+        "model_name_or_path: llm\ndata_path: [a.json, b.json]\noutput_dir: out\nstage: pretrain\n"
+        "learning_rate: 2e-5\nt2v_layers: [0, 2]\nfreeze-prefix: false\nbf16: no\nmm_vision_select_layer: -3\n"
+        "image_folder:\nuse_cpu: yes\n"
+    )
+    flags = (
+        "--model_name_or_path llm --data_path a.json b.json --output_dir out --stage pretrain --learning_rate 2e-5 "
+        "--freeze_prefix false --bf16 False --mm_vision_select_layer -3 --use_cpu True --t2v_layers"
+    )
+    parsed = [
+        parse(words) for words in ([*flags.split(), "[0, 2]"], [str(tmp_path / "a.json")], [str(tmp_path / "a.yaml")])
+    ]
+    wanted, *got = [(vars(model), vars(data), train.to_dict()) for model, data, train in parsed]
+    assert got == [wanted, wanted]
+    model, data, train = parse([str(tmp_path / "a.yaml"), "--learning_rate", "1e-3", "--data_path", "c.json"])
+    assert (model.t2v_layers, data.data_path, train.learning_rate) == ("[0, 2]", ["c.json"], 1e-3)
+    assert parse(["--local_rank=-1", str(tmp_path / "a.yaml")])[0].model_name_or_path == "llm", (
+        "after a launcher's flag"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("a.yaml", "learning_rat: 1", "'learning_rat' is no flag of vica train; is learning_rate meant?"),
+        ("a.yaml", "zzz: 1", "'zzz' is no flag of vica train"),
+        ("a.yaml", "learning_rate: fast", "invalid float value: 'fast'"),
+        ("a.yaml", "per_device_train_batch_size: 2.5", "invalid int value: '2.5'"),
+        ("a.json", '{"bits": 5}', "invalid choice: 5"),
+        ("a.json", '{"use_cpu": "maybe"}', "Truthy value expected"),
+        ("a.yaml", "save_total_limit:", "save_total_limit is null, which no flag can say; its default is 1"),
+        ("a.json", '{"use_cpu": ', "cannot be read"),
+        ("a.yaml", "a: [1", "cannot be read"),
+        ("a.yaml", "- 1", "holds a list, not a table of settings"),
+        ("a.txt", "", "must end in .yaml, .yml, .json"),
+        ("a.yaml", None, "no such file"),
+    ],
+)
+def test_mistakes_in_a_file_of_settings_are_one_line(tmp_path, capsys, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert main([str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"vica train: {tmp_path / name}") and said in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

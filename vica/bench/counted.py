@@ -8,19 +8,12 @@ from ..plan.sizes import visual_tokens
 from ..utils.table import table
 from .report import Report
 
-DEFAULTS: dict[str, dict] = {"cuda": {}, "cpu": {}}
 WAYS = {
     "dense": {},
     "accel, nothing kept": {},
     "accel, prefix kept": dict(prefix_kept=True),
     "accel, prefix and image kept": dict(prefix_kept=True, image_kept=True),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--visual", type=int, nargs="+", help="tokens an image (default: the model's own, 1152 and 2880)"
-    )
 
 
 def run(args: argparse.Namespace, config: ViCAConfig) -> Report:

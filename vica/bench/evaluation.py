@@ -47,7 +47,6 @@ WORKLOADS = (
     Workload("MMBench CN (circular)", 4377, 1164, 130, 2),
     Workload("SEED (images)", 14233, 14233, 85, 2),
 )
-DEFAULTS = {"cuda": dict(questions=4455, peer_questions=64), "cpu": dict(questions=12, peer_questions=2)}
 VICUNA = 35
 TEMPLATE = 5  # approximate number of a chat template's tokens after the question
 DISTINCT = 64  # distinct pictures; the others are the same JPEG data under another hash
@@ -55,12 +54,6 @@ NOTE = (
     "ours: files read, decoded and hashed, answers appended to disk; transformers: batch 1, one process, its pixels "
     "and ids prepared beforehand, which favours it"
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", type=int, help="at most, of each benchmark; as many images as belong to them")
-    parser.add_argument("--peer-questions", type=int, help="of them for transformers")
-    parser.add_argument("--max-batch", type=int, help="of our engine (default: its own)")
 
 
 def run(args: argparse.Namespace, models: Models) -> Report:

@@ -9,32 +9,9 @@ from ..plan.sizes import kv_bytes, visual_tokens
 from .clock import Timing, copy_rate, product_rate, progress, race
 from .columns import Columns
 from .inputs import Prompts, Shape
-from .latency_tables import PHASES, REFEREES, Setting, ceilings, phase_table
+from .latency_tables import REFEREES, Setting, ceilings, phase_table
 from .models import Models
-from .report import COLUMNS, Report, own_failures
-
-# On a CPU only as much as runs in a minute; compiling transformers' decode alone takes that long.
-DEFAULTS = {
-    "cuda": dict(
-        batch=[1, 8, 32, 64], visual=[576, 1152, 2880], visual_batch=8, compile_batch=[1], steps=32, repeats=5
-    ),
-    "cpu": dict(batch=[1, 2], visual=[576, 1152], visual_batch=1, compile_batch=[], steps=8, repeats=2),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    columns = [column for column in COLUMNS if column != "batched"]  # here every column has a batch
-    for name, known in (("--phases", list(PHASES)), ("--columns", columns)):
-        metavar = name.strip("-")[:-1].upper()
-        parser.add_argument(name, nargs="+", choices=known, default=known, metavar=metavar, help=" ".join(known))
-    parser.add_argument("--batch", type=int, nargs="+")
-    parser.add_argument("--visual", type=int, nargs="+", help="tokens an image, in phase visual")
-    parser.add_argument("--visual-batch", type=int, help="the batch there")
-    parser.add_argument(
-        "--compile-batch", type=int, nargs="*", help="batches that transformers' decode is compiled for"
-    )
-    parser.add_argument("--steps", type=int, help="of decoding")
-    parser.add_argument("--repeats", type=int, help="the median of so many is told")
+from .report import Report, own_failures
 
 
 def run(args: argparse.Namespace, models: Models) -> Report:

@@ -6,16 +6,9 @@ from dataclasses import dataclass
 from ..plan.config import ViCAConfig
 from ..plan.flops import prefill_flops
 from ..utils.table import table
-from .report import COLUMNS, ratio
+from .options import COLUMNS, PHASES
+from .report import ratio
 
-PHASES = {
-    "tower": "tower and projector, ms",
-    "prefill": "prefill from features to the first token, {args.prefix} + {visual} + {args.text} tokens, ms",
-    "visual": "the same against visual tokens an image, batch {args.visual_batch}, ms",
-    "first": "first token from pixels, {args.prefix} + {visual} + {args.text} tokens, ms",
-    "decode": "decode, ms a step, over {args.steps} steps",
-    "generate": "decode through engine.generate, ms a step",
-}
 # The column whose first tokens a column's should equal; in half precision a few differ.
 REFEREES = {"dense": "transformers", "accel": "mask", "nothing": "mask", "prefix": "mask", "image": "mask"}
 # Titles for phases in which kept parts make no difference.

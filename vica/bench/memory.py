@@ -16,21 +16,8 @@ from ..utils.table import table
 from .clock import Timing, failures_noted, progress
 from .inputs import Prompts, Shape
 from .models import Models
-from .report import COLUMNS, Report, own_failures, ratio
-
-DEFAULTS = {"cuda": dict(requests=36, answer=16), "cpu": dict(requests=18, answer=4)}
-# columns, and the variant whose formula applies
-MEASURED = {"transformers": "dense", "dense": "dense", "prefix": "accel"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, help="at once")
-    parser.add_argument("--answer", type=int, help="tokens each may answer")
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 18], help="on each image (1 18)")
-    parser.add_argument("--visual", type=int, help="tokens an image (default: the model's own)")
-    parser.add_argument(
-        "--columns", nargs="+", choices=MEASURED, default=list(MEASURED), metavar="COLUMN", help=" ".join(MEASURED)
-    )
+from .options import COLUMNS, MEMORY_COLUMNS
+from .report import Report, own_failures, ratio
 
 
 @dataclass
@@ -54,7 +41,7 @@ def run(args: argparse.Namespace, models: Models) -> Report:
     cells = [
         measure(models, shape, column, args.requests, questions)
         for questions in args.questions
-        for column in MEASURED
+        for column in MEMORY_COLUMNS
         if column in args.columns
     ]
     sections = [memory_table(cells, questions, shape, args) for questions in args.questions]
@@ -69,9 +56,9 @@ def measure(models: Models, shape: Shape, column: str, requests: int, questions:
         if column == "transformers":
             usage = usage_of_transformers(models, prompts, features)
         else:
-            usage = peak_usage_of_engine(models, prompts, features, MEASURED[column])
+            usage = peak_usage_of_engine(models, prompts, features, MEMORY_COLUMNS[column])
     progress(f"memory, {column}, {questions} questions an image: {timing.failure or f'{usage.kv / 1e6:.3f} MB'}")
-    formula = Formula(models.wired(MEASURED[column]).config, models.dtype.itemsize, shape)
+    formula = Formula(models.wired(MEMORY_COLUMNS[column]).config, models.dtype.itemsize, shape)
     # transformers shares nothing between requests
     shared = usage.requests * formula.alone if column == "transformers" else formula.together(usage)
     cell = dict(column=column, questions=questions, failure=timing.failure, running=usage.requests)

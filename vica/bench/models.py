@@ -37,15 +37,6 @@ SHAPES = {
         dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824),
     ),
 }
-PRESETS = (*SHAPES, "toy")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--preset", choices=PRESETS, help="random weights of this shape")
-    which.add_argument("--model", metavar="M", help="a real checkpoint: folder or hub repository")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--dtype", help="default: bfloat16 on CUDA, float32 on a CPU")
 
 
 def preset_config(name: str) -> ViCAConfig:

@@ -1,7 +1,7 @@
 """Plots the times of the latency measurement against the batch, and against an image's visual tokens."""
 
 from ..utils.errors import ViCAError
-from .report import COLUMNS
+from .options import COLUMNS
 
 # Phase of the cells, quantity on the x axis, its label, title of the panel.
 PANELS = (

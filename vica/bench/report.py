@@ -11,19 +11,6 @@ from pathlib import Path
 import torch
 import transformers
 
-# Every column that a table or a plot may have: its name on the command line and in the JSON, and its title.
-COLUMNS = {
-    "transformers": "transformers LLaVA, SDPA",
-    "static": "  the same, static cache, compiled",
-    "batched": "  the same, best batch",
-    "text": "transformers, text only",
-    "mask": "ours, mask, plain model",
-    "dense": "ours, dense, engine",
-    "accel": "ours, accel, plain model",
-    "nothing": "ours, accel, engine, nothing kept",
-    "prefix": "ours, accel, engine, prefix kept",
-    "image": "ours, accel, engine, prefix and image kept",
-}
 OWN = ("mask", "dense", "accel", "stored", "nothing", "prefix", "image")
 
 

@@ -20,13 +20,10 @@ from .clock import Timing, failures_noted, progress, timed
 from .drive import answer_all
 from .inputs import Prompts, Shape, write_pictures
 from .models import Models
-from .report import COLUMNS, Report, own_failures, ratio
+from .options import COLUMNS, POPE_IMAGES, POPE_QUESTIONS, THROUGHPUT_COLUMNS
+from .report import Report, own_failures, ratio
 
-POPE_QUESTIONS, POPE_IMAGES, POPE_PARTS = 8910, 500, 3  # each part asks a few questions on every image
-DEFAULTS = {
-    "cuda": dict(questions=POPE_QUESTIONS, peer_questions=128, peer_batch=[8, 16, 32, 64], repeats=3),
-    "cpu": dict(questions=54, peer_questions=2, peer_batch=[2, 4], repeats=1),
-}
+POPE_PARTS = 3  # each part asks a few questions on every image
 WARM_UP_BATCHES = 4
 NOTE = "ours from JPEG files to answers; transformers from prepared pixels and ids of one length, which favours it"
 # The engine's columns: the variant, and options that say which results outlive a request.
@@ -36,20 +33,6 @@ ENGINES = {
     "prefix": ("accel", dict(keep_images=False)),
     "image": ("accel", {}),
 }
-NAMES = ("transformers", "batched", *ENGINES)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", type=int)
-    parser.add_argument("--images", type=int, help=f"default: as POPE, {POPE_IMAGES} to {POPE_QUESTIONS} questions")
-    parser.add_argument("--answer", type=int, default=4, help="tokens of each answer")
-    parser.add_argument("--peer-questions", type=int, help="of them for dense and transformers; at least two batches")
-    parser.add_argument("--peer-batch", type=int, nargs="+", help="sizes to choose the best from")
-    parser.add_argument("--max-batch", type=int, help="of our engine (default: its own)")
-    parser.add_argument("--repeats", type=int, help="the median of so many is told")
-    parser.add_argument(
-        "--columns", nargs="+", choices=NAMES, default=list(NAMES), metavar="COLUMN", help=" ".join(NAMES)
-    )
 
 
 @dataclass
@@ -92,7 +75,7 @@ def pope_order(questions: int, images: int) -> list[int]:
 def measure(args: argparse.Namespace, models: Models, work: Workload) -> list[dict]:
     """Returns all cells. transformers comes first, because an engine takes the memory that it finds free."""
     cells, batches = [], {"transformers": [1], "batched": args.peer_batch}
-    for column in (c for c in NAMES if c in args.columns):
+    for column in (c for c in THROUGHPUT_COLUMNS if c in args.columns):
         if column in ENGINES:
             cells.append(engine_cell(args, models, work, column))
         else:
@@ -162,7 +145,9 @@ def engine_cell(args: argparse.Namespace, models: Models, work: Workload, column
 
 def throughput_table(cells: list[dict], args: argparse.Namespace, images: int, shape: Shape) -> str:
     best = best_cells(cells)
-    one, batched = (next((c["questions_per_s"] for c in best if c["column"] == x), None) for x in NAMES[:2])
+    one, batched = (
+        next((c["questions_per_s"] for c in best if c["column"] == x), None) for x in THROUGHPUT_COLUMNS[:2]
+    )
     rows = [("", "questions", "images", "questions/s", "images/s", "against one by one", "against best batch")]
     for c in best:
         name = COLUMNS[c["column"]] + (f" ({c['batch']})" if c["batch"] else "")

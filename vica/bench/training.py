@@ -15,21 +15,15 @@ import torch
 from ..model.loss import IGNORE
 from ..plan.flops import sample_flops
 from ..plan.sizes import visual_tokens
+from ..train.flags import STAGES
 from ..train.meter import count_tokens, passes
-from ..train.stages import STAGES, Trained, freeze
+from ..train.stages import Trained, freeze
 from ..utils.table import table
 from .clock import Timing, failures_noted, product_rate, progress, timed
 from .models import Models
+from .options import TRAINING_COLUMNS
 from .report import Report, own_failures, ratio
 
-DEFAULTS = {"cuda": dict(samples=128, batch=[32, 16], repeats=3), "cpu": dict(samples=8, batch=[4, 4], repeats=1)}
-COLUMNS = {
-    "transformers": "transformers LLaVA, SDPA, padded",
-    "mask": "ours, mask, padded",
-    "dense": "ours, dense, packed, flash",
-    "accel": "ours, accel, packed, flash",
-    "stored": "  the same, without checkpointing",
-}
 LEARNING = {"pretrain": Trained(("projector",)), "finetune": Trained(("projector", "language model"))}
 VARIANTS = {"transformers": "dense", "stored": "accel"}  # for columns that are not named after their variant
 
@@ -56,17 +50,6 @@ class Mix:
 
 
 MIXES = {"pretrain": Mix(30, 0.4, 128, 1, 1.0, 0), "finetune": Mix(230, 0.75, 2047, 35, 0.6, 16)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
-    parser.add_argument("--samples", type=int, help="in one round; batches are of like lengths, as the recipe's")
-    parser.add_argument("--batch", type=int, nargs=2, metavar="N", help="samples a step in stage 1 and in stage 2")
-    parser.add_argument("--repeats", type=int, help="rounds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), metavar="COLUMN", help=" ".join(COLUMNS)
-    )
 
 
 def run(args: argparse.Namespace, models: Models) -> Report:
@@ -212,11 +195,11 @@ def stage_table(stage: str, cells: list[dict], batches: list[dict]) -> str:
     for cell in cells:
         rate = cell.get("samples_per_s")
         if rate is None:
-            rows.append((COLUMNS[cell["column"]], cell["failure"], "", "", "", ""))
+            rows.append((TRAINING_COLUMNS[cell["column"]], cell["failure"], "", "", "", ""))
             continue
         memory = f"{cell['peak_bytes'] / 1e9:.1f}" if cell["peak_bytes"] else ""
         use = f"{cell['flop_use']:.0%}" if "flop_use" in cell else ""
         others = [by.get(x) for x in ("dense", "mask")]
         against = [ratio(1 / rate, 1 / other) if other else "" for other in others]
-        rows.append((COLUMNS[cell["column"]], f"{rate:.2f}", *against, memory, use))
+        rows.append((TRAINING_COLUMNS[cell["column"]], f"{rate:.2f}", *against, memory, use))
     return f"{title}\n\n{table(rows)}"

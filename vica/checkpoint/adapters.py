@@ -11,6 +11,7 @@ from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
 from ..utils.files import read_json
 from . import files
+from .folder import NON_LORA_FILE
 from .source import Source, check_weights
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -71,7 +72,7 @@ def read_adapters(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_others(folder: Path) -> dict[str, torch.Tensor]:
     """Returns the weights that learned in full beside the adapters, such as the projector's."""
-    path = folder / files.NON_LORA_FILE
+    path = folder / NON_LORA_FILE
     return {own_name(name): x for name, x in files.read_file(path).items()} if path.is_file() else {}
 
 

@@ -15,7 +15,8 @@ from ..plan import formats
 from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
 from ..utils.files import whole_folder
-from . import files, generation
+from . import generation
+from .folder import SHARD_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def convert(
     config: ViCAConfig,
     processor: ProcessorMixin | None = None,
     image_token: int | None = None,
-    shard_size: str = files.SHARD_SIZE,
+    shard_size: str = SHARD_SIZE,
 ) -> Path:
     """Writes a whole model in another format, bit for bit, and returns the folder, which appears whole or not at all.
 

@@ -1,16 +1,12 @@
-"""Plain reading of checkpoint folders: finding one, listing its weight files, and reading tensors.
+"""Plain reading of checkpoint folders: listing their weight files, and reading tensors.
 
 `.bin` files are read as weights only, so a pickle with code in it is refused.
 """
 
-import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 
 from ..utils.errors import ViCAError
@@ -19,30 +15,7 @@ from ..utils.files import read_json
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG = "adapter_config.json"
-NON_LORA_FILE = "non_lora_trainables.bin"  # LLaVA's name for the weights that learned beside adapters
-SHARD_SIZE = "5GB"
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-
-
-def find_folder(path_or_repo: str | os.PathLike, weights: bool = True, **hub_kwargs: Any) -> Path:
-    """Returns a local folder as it is, or a hub repository's folder, from the hub's cache or downloaded. Without
-    `weights`, only small files are downloaded."""
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or str(path_or_repo).startswith("."):
-        raise ViCAError(f"{path_or_repo} is no folder with a checkpoint")
-    try:
-        found = snapshot_download(str(path_or_repo), allow_patterns=SMALL_FILES, **hub_kwargs)
-        kinds = ("*.safetensors", "*.bin")
-        for kind in kinds if weights else ():
-            if not any(Path(found).glob(kinds[0])):
-                snapshot_download(str(path_or_repo), allow_patterns=[kind, NON_LORA_FILE], **hub_kwargs)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ViCAError(f"{path_or_repo} is no folder here and cannot be had from the hub: {reason}") from error
-    return Path(found)
 
 
 def pop_hub_arguments(kwargs: dict) -> dict:

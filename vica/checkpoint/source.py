@@ -19,6 +19,7 @@ from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.files import read_json
 from . import files, tower
+from .folder import find_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Source:
         """Returns the checkpoint in a folder or in a repository of the hub. `weights=False` downloads none."""
         if isinstance(path_or_repo, Source):
             return path_or_repo
-        folder = files.find_folder(path_or_repo, weights, **hub)
+        folder = find_folder(path_or_repo, weights, **hub)
         raw = read_json(folder / "config.json")
         kind = kind_of(folder, raw)
         format = "llava" if kind == "language model" else formats.format_of(raw)

@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..plan import formats
 from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
-from .files import find_folder, read_file, weight_files
+from .files import read_file, weight_files
+from .folder import find_folder
 
 
 def with_tower(config: ViCAConfig, cache_dir: str | os.PathLike | None = None) -> ViCAConfig:

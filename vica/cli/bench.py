@@ -1,60 +1,55 @@
 """Measure or count what answers cost, beside transformers and our own slower ways."""
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
-from ..bench import counted, evaluation, latency, memory, models, plot, report, throughput, training
-from ..loading import check_device
+from ..bench.options import VERBS, Verb, add_lengths, add_model
+from ..checkpoint.folder import find_folder
 from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.program import quiet_transformers
 from . import common
 
-VERBS = {
-    "latency": latency, "throughput": throughput, "eval": evaluation, "memory": memory, "flops": counted,
-    "train": training,
-}  # fmt: skip
 FROM_ZERO = ("prefix", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name, module in VERBS.items():
-        summary = module.__doc__.strip().splitlines()[0]
-        verb = verbs.add_parser(name, help=summary, description=summary, epilog=told(module.DEFAULTS))
-        models.add_arguments(verb)
-        group = verb.add_argument_group("what is measured")
-        if module not in (training, evaluation):  # whose prompts are of many lengths
-            group.add_argument(
-                "--prefix", type=int, default=35, help="tokens before the image (35, as in LLaVA's prompt)"
-            )
-            group.add_argument("--text", type=int, default=25, help="tokens after it (25)")
-        module.add_arguments(group)
-        common.add_wiring(verb, variant="accel")
-        output = verb.add_argument_group("output: tables, and a JSON object as the last line")
-        output.add_argument("--json", metavar="FILE", help="the JSON object goes here too")
-        output.add_argument("--commit", help="where the code is no git checkout: what commit it is of")
-        if module is latency:
-            output.add_argument("--plot", metavar="FILE.png", help="time against batch and visual tokens")
+    for name, verb in VERBS.items():
+        add_verb(verbs.add_parser(name, help=verb.summary, description=verb.summary, epilog=verb.epilog), verb)
 
 
-def told(defaults: dict[str, dict]) -> str:
-    """What the device decides, for --help."""
-    lists = {device: " ".join(f"--{option(n)} {v}" for n, v in given.items()) for device, given in defaults.items()}
-    return f"Defaults on CUDA: {lists['cuda']}. On a CPU: {lists['cpu']}." if lists["cuda"] else ""
-
-
-def option(name: str) -> str:
-    return name.replace("_", "-")
+def add_verb(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    add_model(parser)
+    group = parser.add_argument_group("what is measured")
+    if verb.one_length:
+        add_lengths(group)
+    verb.add_arguments(group)
+    common.add_wiring(parser, variant="accel")
+    output = parser.add_argument_group("output: tables, and a JSON object as the last line")
+    output.add_argument("--json", metavar="FILE", help="the JSON object goes here too")
+    output.add_argument("--commit", help="where the code is no git checkout: what commit it is of")
+    if verb.plots:
+        output.add_argument("--plot", metavar="FILE.png", help="time against batch and visual tokens")
+    common.add_logging(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    module = VERBS[args.what]
-    settle(args, module.DEFAULTS[check_device(args.device).type])
     check_files(args)
+    if args.model:
+        find_folder(args.model, weights=False)  # a wrong path is told at once
+    from ..bench import models, plot, report
+    from ..loading import check_device
+
+    verb = VERBS[args.what]
+    module = import_module(f"..bench.{verb.module}", __package__)
+    settle(args, verb.cuda if check_device(args.device).type == "cuda" else verb.cpu)
+    if getattr(args, "plot", None):
+        plot.require()
     quiet_transformers()
     wiring = Wiring.of_flags(args)
-    if module is counted:
+    if args.what == "flops":
         subject = models.read_config(args, wiring)
         config, dtype = subject, None
     else:
@@ -84,7 +79,9 @@ def settle(args: argparse.Namespace, defaults: dict) -> None:
     for name, value in vars(args).items():
         for one in value if isinstance(value, list) else [value]:
             if type(one) is int and one < (0 if name in FROM_ZERO else 1):
-                raise ViCAError(f"--{option(name)} is {one}; it must be at least {0 if name in FROM_ZERO else 1}")
+                raise ViCAError(
+                    f"--{name.replace('_', '-')} is {one}; it must be at least {0 if name in FROM_ZERO else 1}"
+                )
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -95,4 +92,3 @@ def check_files(args: argparse.Namespace) -> None:
     if getattr(args, "plot", None):
         if not args.plot.endswith(".png"):
             raise ViCAError(f"--plot is {args.plot!r}; it must end in .png")
-        plot.require()

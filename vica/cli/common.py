@@ -1,15 +1,53 @@
-"""Arguments and steps that several verbs share."""
+"""Arguments and steps that several verbs share.
+
+Help and mistakes are told before torch and transformers are imported, which takes seconds: here and in the verbs, what
+needs them is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import TYPE_CHECKING
 
-from ..data.processor import ViCAProcessor
-from ..engine import Request
-from ..loading import load_wired
-from ..model.llava import ViCAForConditionalGeneration
 from ..plan.vica import VARIANTS
 from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
-from ..utils.program import DEFAULT, quiet_transformers
+from ..utils.program import DEFAULT, LEVELS, quiet_transformers
+
+if TYPE_CHECKING:
+    from ..data.processor import ViCAProcessor
+    from ..model.llava import ViCAForConditionalGeneration
+
+ANSWERS = dict(max_new_tokens=512, temperature=0.0, top_p=1.0, top_k=0)  # the engine's Request has the same defaults
+
+
+def add_logging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-level", choices=LEVELS, default="warning", help=f"least severe messages on stderr {DEFAULT}"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, schema: str) -> None:
+    """`schema`: what the object holds, for --help."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
+    parser.epilog = f"With --json stdout holds one JSON object: {schema}"
+
+
+@contextmanager
+def json_alone(args: argparse.Namespace) -> Iterator[None]:
+    """With --json, sends to stderr what else is printed: libraries greet on stdout. `print_json` keeps the real one."""
+    args.stdout = sys.stdout
+    with redirect_stdout(sys.stderr) if getattr(args, "json", None) is True else nullcontext():
+        yield
+
+
+def print_json(args: argparse.Namespace, result: dict) -> None:
+    """In ASCII: JSON may hold half a character, which no terminal takes."""
+    print(json.dumps(result, indent=1), file=args.stdout)
 
 
 def add_wiring(parser: argparse.ArgumentParser, variant: str | None = None) -> None:
@@ -34,10 +72,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
-    group.add_argument("--max-new-tokens", type=int, default=Request.max_new_tokens, metavar="N", help=DEFAULT)
-    group.add_argument("--temperature", type=float, default=Request.temperature, help=f"0: greedy {DEFAULT}")
-    group.add_argument("--top-p", type=float, default=Request.top_p, help=DEFAULT)
-    group.add_argument("--top-k", type=int, default=Request.top_k, help=f"0: all tokens {DEFAULT}")
+    group.add_argument("--max-new-tokens", type=int, default=ANSWERS["max_new_tokens"], metavar="N", help=DEFAULT)
+    group.add_argument("--temperature", type=float, default=ANSWERS["temperature"], help=f"0: greedy {DEFAULT}")
+    group.add_argument("--top-p", type=float, default=ANSWERS["top_p"], help=DEFAULT)
+    group.add_argument("--top-k", type=int, default=ANSWERS["top_k"], help=f"0: all tokens {DEFAULT}")
     group.add_argument("--seed", type=int, default=0, help=DEFAULT)
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; again for several"
@@ -47,6 +85,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGeneration, ViCAProcessor]:
+    from ..loading import load_wired
+
     quiet_transformers()
     model, processor = load_wired(args.model, Wiring.of_flags(args), args.device, args.dtype)
     if processor is None:
@@ -55,8 +95,9 @@ def load_for_answers(args: argparse.Namespace) -> tuple[ViCAForConditionalGenera
 
 
 def generation_options(args: argparse.Namespace) -> dict:
-    """What `add_generation` asks for, as settings of a Request."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-    options = {name: getattr(args, name) for name in names}
+    """Returns what `add_generation` asks for, checked, as settings of a Request."""
+    from ..engine import Request
+
+    options = {name: getattr(args, name) for name in (*ANSWERS, "seed", "stop")}
     Request([], **options).check()
     return options

@@ -1,7 +1,6 @@
 """Rewrite a checkpoint in LLaVA's, transformers' (hf) or our own format, bit for bit. Adapters are merged."""
 
-from ..checkpoint.files import SHARD_SIZE
-from ..loading import convert
+from ..checkpoint.folder import SHARD_SIZE, find_folder
 from ..plan.formats import FORMATS
 from ..plan.wiring import Wiring
 from ..utils.program import quiet_transformers
@@ -17,9 +16,13 @@ def add_arguments(parser) -> None:
         "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help=f"of a file of weights (default: {SHARD_SIZE})"
     )
     common.add_wiring(parser)
+    common.add_logging(parser)
 
 
 def run(args) -> None:
+    find_folder(args.source, weights=False)  # a wrong path is told at once
+    from ..loading import convert
+
     quiet_transformers()
     settings = vars(Wiring.of_flags(args))
     folder = convert(args.source, args.target, args.to, args.base, args.max_shard_size, **settings)

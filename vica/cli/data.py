@@ -1,27 +1,34 @@
 """Check training data: read every record and image once, and say what is broken."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from ..checkpoint.source import Source
-from ..data.check import Check, Summary
+from ..checkpoint.folder import find_folder
 from ..data.conversation import get_template
-from ..data.processor import ViCAProcessor
-from ..data.samples import open_samples
 from ..data.sources import where_images_from
-from ..loading import load_processor
-from ..plan.sizes import visual_tokens
 from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
 from ..utils.program import quiet_transformers
+from ..utils.progress import progress
 from . import common
 
+if TYPE_CHECKING:
+    from ..data.check import Summary
+    from ..data.processor import ViCAProcessor
+
 SHOWN = 10
+SHARES = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
+SCHEMA = (
+    "samples, broken (a list of id and reason), with_image, images, text_only, turns, ids (different ones), ids_twice "
+    "(that come more than once), and with --model positions, lengths (shortest, median, 90%, 99%, longest), learned "
+    "(tokens with a label), model_max_length, too_long (samples that training cuts); without it these are null."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workers = min(8, os.cpu_count() or 1)
     verb.add_argument("--workers", type=int, default=workers, metavar="N", help=f"processes {common.DEFAULT}")
     verb.add_argument("--report", metavar="FILE", help="write all broken samples here, one JSON line each")
+    common.add_json(verb, SCHEMA.replace("%", "%%"))
+    common.add_logging(verb)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,18 +54,30 @@ def run(args: argparse.Namespace) -> None:
         raise ViCAError(f"--workers is {args.workers}; it must be at least 0")
     if args.report:
         Path(args.report).write_text("")  # before hours of reading, not after
+    if args.model:
+        find_folder(args.model, weights=False)  # a wrong path is told at once
+    from ..data.check import Check, Summary
+    from ..data.samples import open_samples
+
     processor, an_image = read_processor(args.model) if args.model else (None, 1)
     check = Check(open_samples(args.files), args.image_folder, processor, args.template, an_image)
     summary = Summary()
-    for found in tqdm(check.findings(args.workers), total=len(check), unit=" samples"):
+    for found in progress(check.findings(args.workers), len(check), "samples"):
         summary.add(found)
-    told = describe(summary, args.model_max_length if args.model else None)
-    print("\n".join(f"{name:<14}{value}" for name, value in told))
-    tell_broken(summary, args.report)
+    counted = figures(summary, args.model_max_length if args.model else None)
+    if args.json:
+        common.print_json(args, counted)
+    else:
+        print("\n".join(f"{name:<14}{value}" for name, value in describe(counted)))
+    tell_broken(summary, args.report, listed=not args.json)
 
 
 def read_processor(model: str) -> tuple[ViCAProcessor, int]:
-    """The processor, and the positions that an image takes."""
+    """Returns the processor, and the positions that an image takes."""
+    from ..checkpoint.source import Source
+    from ..loading import load_processor
+    from ..plan.sizes import visual_tokens
+
     quiet_transformers()
     source = Source.at(model, weights=False)
     config = source.config(Wiring(variant="dense"))  # for which a checkpoint need not name its layers
@@ -66,34 +87,56 @@ def read_processor(model: str) -> tuple[ViCAProcessor, int]:
     return processor, visual_tokens(config) or 1
 
 
-def describe(summary: Summary, limit: int | None) -> Iterator[tuple[str, str]]:
-    twice = sum(times > 1 for times in summary.ids.values())
-    sound = summary.samples - len(summary.broken)
-    text_only = sound - summary.with_image
-    yield "samples", f"{summary.samples:,}, of which {len(summary.broken):,} are broken"
-    yield "with image", f"{summary.with_image:,} with {summary.images:,} images, {text_only:,} text only"
-    yield "turns", f"{summary.turns:,}"
-    yield "ids", f"{len(summary.ids):,}, {twice:,} of them more than once"
-    if limit is None or not sound:  # nothing was tokenized
+def figures(summary: Summary, limit: int | None) -> dict:
+    """Returns what SCHEMA lists. `limit`: --model-max-length; None where nothing was tokenized."""
+    sound, lengths = summary.samples - len(summary.broken), sorted(summary.lengths)
+    counted = dict(
+        samples=summary.samples,
+        broken=[dict(id=broken.id, reason=broken.reason) for broken in summary.broken],
+        with_image=summary.with_image,
+        images=summary.images,
+        text_only=sound - summary.with_image,
+        turns=summary.turns,
+        ids=len(summary.ids),
+        ids_twice=sum(times > 1 for times in summary.ids.values()),
+    )
+    tokenized = dict.fromkeys(("positions", "lengths", "learned", "model_max_length", "too_long"))
+    if limit is not None and sound:
+        tokenized = dict(
+            positions=sum(lengths),
+            lengths={name: lengths[int(share * (sound - 1))] for name, share in SHARES.items()},
+            learned=summary.learned,
+            model_max_length=limit,
+            too_long=sum(length > limit for length in lengths),
+        )
+    return counted | tokenized
+
+
+def describe(found: dict) -> Iterator[tuple[str, str]]:
+    """Yields the lines that a reader sees."""
+    yield "samples", f"{found['samples']:,}, of which {len(found['broken']):,} are broken"
+    yield "with image", f"{found['with_image']:,} with {found['images']:,} images, {found['text_only']:,} text only"
+    yield "turns", f"{found['turns']:,}"
+    yield "ids", f"{found['ids']:,}, {found['ids_twice']:,} of them more than once"
+    if found["lengths"] is None:
         return
-    lengths = sorted(summary.lengths)
-    shares = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
-    spread = [f"{name} {lengths[int(share * (sound - 1))]:,}" for name, share in shares.items()]
-    yield "positions", f"{sum(lengths):,}: " + ", ".join(spread)
-    yield "learned", f"{summary.learned:,} tokens"
-    cut = sum(length > limit for length in lengths)
-    yield "too long", f"{cut:,} for --model-max-length {limit:,}: cut in training"
+    spread = ", ".join(f"{name} {length:,}" for name, length in found["lengths"].items())
+    yield "positions", f"{found['positions']:,}: {spread}"
+    yield "learned", f"{found['learned']:,} tokens"
+    yield "too long", f"{found['too_long']:,} for --model-max-length {found['model_max_length']:,}: cut in training"
 
 
-def tell_broken(summary: Summary, report: str | None) -> None:
-    for broken in summary.broken[:SHOWN]:
+def tell_broken(summary: Summary, report: str | None, listed: bool) -> None:
+    """Writes the report, prints the first broken samples if they are to be listed, and raises ViCAError if there are
+    any."""
+    for broken in summary.broken[:SHOWN] if listed else ():
         print(printable(f"broken: {broken.id}: {broken.reason}"))
     if report:
         lines = [json.dumps({"id": broken.id, "reason": broken.reason}) + "\n" for broken in summary.broken]
         Path(report).write_text("".join(lines))
     if summary.broken:
         get = next((told for broken in summary.broken if (told := where_images_from(broken.reason))), "")
-        more = "" if report or len(summary.broken) <= SHOWN else "; --report FILE lists all"
+        more = "" if report or not listed or len(summary.broken) <= SHOWN else "; --report FILE lists all"
         raise ViCAError(f"{len(summary.broken)} of {summary.samples} samples are broken{more}{get}")
 
 

@@ -1,20 +1,31 @@
 """Score a model on benchmarks: LLaVA-1.5's questions, each benchmark's own scorer."""
 
+from __future__ import annotations
+
+import argparse
 import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..data.processor import ViCAProcessor
 from ..utils.errors import ViCAError
 from ..utils.files import held, one_name
 from ..utils.table import table
 from . import common
 
+if TYPE_CHECKING:
+    from ..data.processor import ViCAProcessor
+
 ROOT = Path("playground/data/eval")
+SCHEMA = (
+    "summary.json's: what was asked of which model (model, variant, t2v_layers, freeze_prefix, dtype, ...) and "
+    "benchmarks, a list of task, title, metric, score, full_score, percent_of_baseline, visual_gflops, questions, "
+    "questions_per_s and failed; and files, the paths of the summaries."
+)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         nargs="+",
@@ -52,9 +63,11 @@ def add_arguments(parser) -> None:
         "--max-new-tokens", type=int, metavar="N", help="of an answer (default: as LLaVA has it, 128 or 1024)"
     )
     group.add_argument("--max-batch", type=int, metavar="N", help="requests at a time (default: what memory allows)")
+    common.add_json(parser, SCHEMA)
+    common.add_logging(parser)
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..eval import report
     from ..eval.answering import answerer
     from ..eval.ranks import all_ranks
@@ -87,15 +100,20 @@ def run(args) -> None:
                 task, questions[task.name], answer, out / task.name, about, ranks, args.restart, args.allow_errors
             )
             if outcome is not None:
-                show(outcome)
                 outcomes.append(outcome)
+                if not args.json:
+                    show(outcome)
     if not outcomes:
         return  # another process than the first
     about["baseline"] = args.baseline and str(args.baseline)
     summary = report.summarise(outcomes, about, model.config, baseline)
     summary["benchmarks"] = report.with_earlier(summary["benchmarks"], out / "summary.json", about)
-    print("\n" + table([report.HEADING, *report.cells(summary)]))
-    print(*report.save(summary, out))
+    written = report.save(summary, out)
+    if args.json:
+        common.print_json(args, {**summary, "files": [str(path) for path in written]})
+    else:
+        print("\n" + table([report.HEADING, *report.cells(summary)]))
+        print(*written)
     if failed := [f"{o.task.name} {len(o.failed)}" for o in outcomes if o.failed and not args.allow_errors]:
         raise ViCAError(
             f"questions without an answer: {', '.join(failed)}; run again to ask them again, or --allow-errors"

@@ -21,20 +21,25 @@ class Talk:
 
     def reset(self) -> None:
         self.ids, self.images = [], []
+        self.answer_tokens, self.finish_reason = 0, None  # of the last answer
 
-    def say(self, text: str, images: list) -> str:
-        """Writes the answer to stdout and returns it; after an error the conversation is as it was before."""
+    def say(self, text: str, images: list, show: bool = True) -> str:
+        """Writes the answer to stdout, if it is to be shown, and returns it; after an error the conversation is as it
+        was before."""
         message, written = f"{IMAGE_MARK}\n" * len(images) + text, ""
 
         def write(piece: str) -> None:  # the white space around an answer is no part of it
             nonlocal written
             known, written = len(written.strip()), written + piece
-            print(written.strip()[known:], end="", flush=True)
+            if show:
+                print(written.strip()[known:], end="", flush=True)
 
         prompt = self.ids + (self._next_turn(message) if self.ids else self._first_turn(message))
         request = Request(prompt, self.images + images, **self.options)
         tokens = self._plain(request, write) if self.engine is None else self._fast(request, write)
-        print()
+        if show:
+            print()
+        self.answer_tokens = len(tokens)
         # a placeholder that the model utters is text, but in the next prompt it would stand for an image
         self.ids = prompt + [token for token in tokens if token != self.processor.image_token_index]
         self.images = request.images
@@ -45,6 +50,7 @@ class Talk:
             write(token.text)
         if request.result.error:
             raise ViCAError(request.result.error)
+        self.finish_reason = request.result.finish_reason
         return request.result.tokens
 
     def _plain(self, request: Request, write) -> list[int]:
@@ -69,7 +75,10 @@ class Talk:
             **(sampling if request.temperature > 0 else dict.fromkeys(sampling)),
         )
         write(stream.finish())
-        return out[0, ids.shape[1] :].tolist()
+        tokens, ends = out[0, ids.shape[1] :].tolist(), self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.finish_reason = "stop" if stream.stopped or tokens[-1] in ends else "length"
+        return tokens
 
     def _first_turn(self, message: str) -> list[int]:
         return self.processor.tokenize(get_template(self.processor.conversation).render([("user", message)]))

@@ -8,6 +8,10 @@ def add_arguments(parser) -> None:
 
 
 def run(argv: list[str]) -> int:
+    if {"-h", "--help"}.intersection(argv):
+        from ..train.help import help_parser  # without torch
+
+        help_parser().parse_args(["--help"])
     try:
         from ..train.run import main
     except ImportError as error:

@@ -12,7 +12,6 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..utils.errors import ViCAError
@@ -25,7 +24,7 @@ _SHOWN_CHARACTERS = 120
 def as_list(images) -> list:
     """Returns the images as a list. A single image is not the sequence that Python would take it for."""
     alone = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, np.ndarray)) or hasattr(images, "read")
-    if alone or isinstance(images, torch.Tensor) and images.dim() == 2:
+    if alone or getattr(images, "ndim", None) == 2:  # a tensor of features; torch is not imported to ask
         return [images]
     return [] if images is None else list(images)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..data.processor import ViCAProcessor
 from ..kernels.weights import check_plain
@@ -30,6 +29,7 @@ from ..plan.layer import is_uniform
 from ..plan.sizes import visual_tokens
 from ..utils.errors import ViCAError
 from ..utils.hashing import fingerprint
+from ..utils.progress import counter
 from .budget import Budget
 from .image_memory import ImageMemory
 from .inputs import Inputs
@@ -89,7 +89,7 @@ class Engine:
         """Returns the results, in order. A request that fails says why in its result; the others are answered."""
         requests = list(requests)
         results: list[Any] = [None] * len(requests)
-        with tqdm(total=len(requests), disable=not progress, unit=" answers") as bar:
+        with counter(len(requests), "answers", shown=progress) as bar:
             for place, request, _ in self._run(requests, streaming=False):
                 results[place] = request.result
                 bar.update()

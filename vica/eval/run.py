@@ -4,15 +4,13 @@ import csv
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..utils.errors import ViCAError
+from ..utils.progress import counter
 from .answering import Answerer
 from .answers import FINAL, RESULT, AnswerFiles, answer_line, as_json, read_answers, write_whole
 from .ranks import Ranks
@@ -98,9 +96,8 @@ def answer_questions(
     answers."""
     lines = {}
     title = task.title + (f", process 1 of {ranks.world}" if ranks.world > 1 else "")
-    shown = ranks.first and sys.stderr.isatty() and questions
-    total = before + len(questions)
-    with tqdm(total=total, initial=before, desc=title, unit=" questions", disable=not shown) as bar:
+    total, shown = before + len(questions), ranks.first and bool(questions)
+    with counter(total, "questions", title, done=before, shown=shown) as bar:
         for question, text, error in answer(questions, task.max_new_tokens):
             lines[question.id] = answer_line(question, text, error)
             files.append(lines[question.id])

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from tqdm import tqdm
 
 from ..engine import Engine, Request, Result
 from ..eval.ranks import TIMEOUT
 from ..loading import load_wired
 from ..plan.wiring import Wiring
 from ..utils.errors import ViCAError
+from ..utils.progress import counter
 from .likelihood import Candidate, log_likelihoods
 from .lmms_eval_options import (
     ImageKeys,
@@ -110,7 +110,7 @@ class ViCA(lmms):
         self._preload_tasks(requests)
         answers: list[GenerationResult | None] = [None] * len(requests)
         asked = prefetch(lambda place: self._request(place, requests[place]), self._by_image(requests), WORKERS)
-        with self._bar(len(requests), " answers") as bar:
+        with self._bar(len(requests), "answers") as bar:
             for request in self.engine.results(asked):
                 assert request.result is not None  # `results` yields a request once it is done
                 answers[request.id] = self._answer(requests[request.id], request.result)
@@ -146,7 +146,7 @@ class ViCA(lmms):
         self._engine = None  # frees its memory
         values: list[GenerationResult | None] = [None] * len(requests)
         order, batch_size = self._by_image(requests), self.max_batch or CANDIDATES
-        with self._bar(len(requests), " candidates") as bar:
+        with self._bar(len(requests), "candidates") as bar:
             for first in range(0, len(order), batch_size):
                 places = order[first : first + batch_size]
                 batch = [requests[place] for place in places]
@@ -187,5 +187,5 @@ class ViCA(lmms):
         for request in {request.task_name: request for request in requests}.values():
             self._images(*request.args[2:])
 
-    def _bar(self, total: int, unit: str) -> tqdm:
-        return tqdm(total=total, desc="vica", unit=unit, disable=self.rank != 0)
+    def _bar(self, total: int, unit: str):
+        return counter(total, unit, "vica", shown=self.rank == 0)

@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint import files, generation, projector
+from ..checkpoint.folder import SHARD_SIZE
 from ..checkpoint.source import Source
 from ..checkpoint.tower import with_tower
 from ..kernels.transfer import to_device
@@ -81,7 +82,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         model.generation_config = generation.read_generation(source.folder) or model.generation_config
         return model, info
 
-    def save_pretrained(self, save_directory, *args, max_shard_size=files.SHARD_SIZE, **kwargs):
+    def save_pretrained(self, save_directory, *args, max_shard_size=SHARD_SIZE, **kwargs):
         """Writes the vica format: LLaVA's names and flat config.json, with the wiring and the tower inside."""
         kept, self.generation_config = self.generation_config, generation.savable(self.generation_config)
         try:

@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
-
 from ..utils.errors import ViCAError
 
 if TYPE_CHECKING:
@@ -150,6 +148,8 @@ def llama_shape(text: dict) -> dict:
     refuse_unsupported(text)
     model_type = text.get("model_type", "llama")
     if model_type in ("mistral", "qwen2"):  # a field that is not written has that family's default
+        from transformers import AutoConfig  # takes seconds, for which the names above need not wait
+
         text = AutoConfig.for_model(**text).to_dict()
     window = text.get("sliding_window")
     if window and window < text.get("max_position_embeddings", 0) and text.get("use_sliding_window", True):

@@ -5,17 +5,21 @@ environment variable, the checkpoint's config. No other file knows this order. A
 line of SETTINGS.
 """
 
+from __future__ import annotations
+
 import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..utils.errors import ViCAError
 from ..utils.files import read_json
-from .config import ViCAConfig
 from .vica import check_freeze_prefix, check_variant, parse_prefix_rule, parse_t2v_layers, replaces_plan
+
+if TYPE_CHECKING:  # transformers takes seconds to import: the command line reads its flags without it
+    from .config import ViCAConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Wiring:
     recipe: str | os.PathLike | None = None
 
     @classmethod
-    def of_flags(cls, flags: Flags) -> "Wiring":
+    def of_flags(cls, flags: Flags) -> Wiring:
         return cls(flags.variant, flags.t2v_layers, parse_prefix_rule(flags.freeze_prefix), flags.config)
 
     def on(self, config: ViCAConfig) -> ViCAConfig:

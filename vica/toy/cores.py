@@ -4,14 +4,14 @@ import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import Pool
 
-from tqdm import tqdm
+from ..utils.progress import progress
 
 
-def in_order(make: Callable[[int], object], count: int, name: str, unit: str, progress: bool = True) -> Iterator:
-    """Yields `make` of 0, 1, ... count - 1 in order, computed in parallel; with a progress bar on a terminal."""
+def in_order(make: Callable[[int], object], count: int, name: str, unit: str, shown: bool = True) -> Iterator:
+    """Yields `make` of 0, 1, ... count - 1 in order, computed in parallel; `shown`: with their progress on stderr."""
     with Pool(initializer=_ignore_interrupts) as pool:
         made = pool.imap(make, range(count), chunksize=64)
-        yield from tqdm(made, name, count, unit=f" {unit}", disable=None if progress else True)
+        yield from progress(made, count, unit, name, shown)
 
 
 def _ignore_interrupts() -> None:

@@ -15,7 +15,7 @@ from ..data.training import TrainingSet, TrainingStream, check_folder
 from ..plan.sizes import visual_tokens
 from ..utils.errors import ViCAError
 from ..utils.files import held, room_needed
-from ..utils.program import exit_status, quiet_transformers
+from ..utils.program import LEVELS, exit_status, quiet_transformers
 from . import curve, saving
 from .arguments import one_line_complaints, parse
 from .build import build, loading_dtype, widen
@@ -85,6 +85,8 @@ def prepare(args) -> None:
     """Settles everything that must be known before anything large is loaded."""
     quiet_transformers()
     logging.basicConfig(level=logging.INFO if args.should_save else logging.ERROR, format="%(message)s")
+    if args.log_level in LEVELS:  # transformers' own flag
+        logging.getLogger("vica").setLevel(args.log_level.upper())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # needed on every machine
     if args.should_save:
         saving.clear_unfinished(args.output_dir)

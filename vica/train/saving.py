@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint.adapters import is_adapter
-from ..checkpoint.files import NON_LORA_FILE, PROJECTOR_FILE, holds_adapters
+from ..checkpoint.files import PROJECTOR_FILE, holds_adapters
+from ..checkpoint.folder import NON_LORA_FILE
 from ..utils.errors import ViCAError
 from .stages import Trained, part_of
 

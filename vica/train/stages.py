@@ -7,8 +7,6 @@ from torch import nn
 from ..checkpoint.adapters import is_adapter
 from ..utils.errors import ViCAError
 
-STAGES = ("pretrain", "finetune")
-
 # The model's parts by the beginnings of their parameters' names.
 PARTS = {
     "tower": ("model.vision_tower.",),

@@ -1,17 +1,20 @@
 """transformers' Trainer with ViCA's batches, samplers, checkpoints and figures."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from ..data.grouping import LengthGroupedSampler
 from ..data.skipped import Skipped
 from ..utils.errors import ViCAError
 from ..utils.files import room_needed
+from ..utils.progress import counter
 from . import saving
 from .arguments import TrainArguments, one_line_complaints
 from .meter import Meter
@@ -21,12 +24,24 @@ from .stages import Trained, part_of
 FOR_US = ("sample_ids", "broken")  # entries of a batch that the model does not take
 
 
+class ProgressLines(ProgressCallback):
+    """transformers' progress in lines, for a stderr that is no terminal; the log goes to stdout as ever."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = counter(state.max_steps, "steps")
+        self.current_step = 0
+
+
 class ViCATrainer(Trainer):
     args: TrainArguments
     model: nn.Module
 
     def __init__(self, *args, trained: Trained, meter: Meter, skipped: Skipped, **kwargs):
         super().__init__(*args, **kwargs)
+        if not self.args.disable_tqdm and not sys.stderr.isatty():
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressLines)
         self.trained, self.meter, self.skipped = trained, meter, skipped
         # before the model is sharded
         self.written = {name for name, p in self.model.named_parameters() if p.requires_grad}

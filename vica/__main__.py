@@ -1,0 +1,7 @@
+"""`python -m vica`: the `vica` program."""
+
+import sys
+
+from .cli.main import main
+
+sys.exit(main())
