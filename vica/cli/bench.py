@@ -50,12 +50,12 @@ def run(args: argparse.Namespace) -> None:
     quiet_transformers()
     wiring = Wiring.of_flags(args)
     if args.what == "flops":
-        subject = models.read_config(args, wiring)
-        config, dtype = subject, None
+        config, dtype = models.read_config(args, wiring), None
+        found = module.run(args, config)
     else:
-        subject = models.Models.of(args, wiring)
-        config, dtype = subject.config, str(subject.dtype).removeprefix("torch.")
-    found = module.run(args, subject)
+        measured = models.Models.of(args, wiring)
+        config, dtype = measured.config, str(measured.dtype).removeprefix("torch.")
+        found = module.run(args, measured)
 
     what = dict(verb=args.what, model=args.model or args.preset, random_weights=args.model is None, dtype=dtype,
                 t2v_layers=config.t2v_layers, freeze_prefix=config.freeze_prefix)  # fmt: skip

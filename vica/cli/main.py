@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vica {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in VERBS.items():
-        summary = module.__doc__.strip().splitlines()[0]
+        summary = str(module.__doc__).strip().splitlines()[0]
         module.add_arguments(verbs.add_parser(name, help=summary, description=summary))
     return parser
 

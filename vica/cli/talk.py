@@ -20,8 +20,10 @@ class Talk:
         self.reset()
 
     def reset(self) -> None:
-        self.ids, self.images = [], []
-        self.answer_tokens, self.finish_reason = 0, None  # of the last answer
+        self.ids: list[int] = []
+        self.images: list = []
+        self.answer_tokens = 0  # of the last answer
+        self.finish_reason: str | None = None  # likewise
 
     def say(self, text: str, images: list, show: bool = True) -> str:
         """Writes the answer to stdout, if it is to be shown, and returns it; after an error the conversation is as it
@@ -36,7 +38,10 @@ class Talk:
 
         prompt = self.ids + (self._next_turn(message) if self.ids else self._first_turn(message))
         request = Request(prompt, self.images + images, **self.options)
-        tokens = self._plain(request, write) if self.engine is None else self._fast(request, write)
+        if self.engine is None:
+            tokens = self._plain(prompt, request, write)
+        else:
+            tokens = self._fast(request, write)
         if show:
             print()
         self.answer_tokens = len(tokens)
@@ -46,21 +51,24 @@ class Talk:
         return written.strip()
 
     def _fast(self, request: Request, write) -> list[int]:
+        assert self.engine is not None
         for _, token in self.engine.stream([request]):
             write(token.text)
-        if request.result.error:
-            raise ViCAError(request.result.error)
-        self.finish_reason = request.result.finish_reason
-        return request.result.tokens
+        result = request.result
+        assert result is not None  # the stream ends once the request is done
+        if result.error:
+            raise ViCAError(result.error)
+        self.finish_reason = result.finish_reason
+        return result.tokens
 
-    def _plain(self, request: Request, write) -> list[int]:
-        stream, room = TextStream(self.processor, request.stops), room_for_answer(self.model.config, request.prompt)
+    def _plain(self, prompt: list[int], request: Request, write) -> list[int]:
+        stream, room = TextStream(self.processor, request.stops), room_for_answer(self.model.config, prompt)
 
         def after_each_token(ids, scores, **_):
             write(stream.push(int(ids[0, -1])))
             return torch.tensor([stream.stopped], device=ids.device)
 
-        ids = torch.tensor([request.prompt], device=self.model.device)
+        ids = torch.tensor([prompt], device=self.model.device)
         pixels = self.processor(images=request.images)["pixel_values"] if request.images else None
         sampling = dict(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
         torch.manual_seed(request.seed)

@@ -46,7 +46,7 @@ class Lines:
         self.n += n
         now = time.monotonic()
         since = now - self.last
-        much = bool(self.total) and self.n - self.told >= SHARE * self.total
+        much = self.n - self.told >= SHARE * self.total if self.total else False
         if since >= SECONDS or (much and since >= SOONEST):
             self.tell(now)
 
