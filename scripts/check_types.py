@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BASELINE = Path(__file__).with_name("types_baseline.json")
-STRICT = ("vica/engine/", "vica/plan/")
+STRICT = ("vica/checkpoint/", "vica/engine/", "vica/kernels/", "vica/model/", "vica/plan/")
 ERROR = re.compile(r"(?P<file>[^:]+):\d+: error: ")
 
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 from .transfer import to_device
 
 # torch 2.11's varlen_attn has no such argument.
-VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Runs:
@@ -161,7 +162,10 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Runs) -> tor
     if k.shape[1] != q.shape[1] and not VARLEN_GQA:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # window (-1, 0) means causal, lower-right
-    return varlen_attn(q, k, v, *runs.cu_seqlens, max(runs.q_lens), max(runs.k_lens), window_size=(-1, 0), **VARLEN_GQA)
+    mixed: Any = varlen_attn(
+        q, k, v, *runs.cu_seqlens, max(runs.q_lens), max(runs.k_lens), window_size=(-1, 0), **VARLEN_GQA
+    )
+    return mixed
 
 
 def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Runs) -> torch.Tensor:

@@ -121,7 +121,7 @@ def _norm_backward(x, weight, scale, grad, grad_x, grad_weight, rows, width, BLO
     w = tl.load(weight + n, live, 0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for row in range(part, rows, parts):
-        at = row.to(tl.int64) * width + n
+        at = row.to(tl.int64) * width + n  # type: ignore[attr-defined]  # Triton's range counts in its own integers
         factor = tl.load(scale + row)
         v = tl.load(x + at, live, 0.0).to(tl.float32) * factor
         g = tl.load(grad + at, live, 0.0).to(tl.float32)

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=config.attention_out_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=bool(config.attention_out_bias))
 
     def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         return rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)

@@ -1,6 +1,7 @@
 """The language model with its tower and projector: one call's ids and image features to hidden states of its text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,13 @@ from .flow_mask import MaskFlow
 from .layout import Tokens, expand
 from .scores import Tap
 
-FLOWS = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
+FLOWS: dict[str, Callable[[Call], Flow]] = {"accel": AccelFlow, "dense": AccelFlow, "mask": MaskFlow}
 
 
 class ViCAPreTrainedModel(PreTrainedModel):
     config_class = ViCAConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -39,6 +40,8 @@ class ViCAPreTrainedModel(PreTrainedModel):
 
 class ViCAModel(ViCAPreTrainedModel):
     """Follows the plan and the variant that its config names at the time of a call."""
+
+    config: ViCAConfig
 
     def __init__(self, config: ViCAConfig) -> None:
         super().__init__(config)
@@ -66,7 +69,7 @@ class ViCAModel(ViCAPreTrainedModel):
         """Returns features of no image, [0, tokens, width], for text-only batches in training: the projector and a
         tower that learns get gradients of zero instead of none. Such a tower, and any tower among ranks, runs on a
         blank picture, whose features are not used."""
-        config = self.config
+        config: Any = self.config  # a model that gets here has a tower
         if among_ranks() or self._tower_learns():
             side = config.vision_config.image_size
             features = self._tower_features(self._zeros(1, 3, side, side))[:0]

@@ -6,7 +6,6 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from ..plan.config import ViCAConfig
 from ..utils.errors import ViCAError
 from .cache import ViCACache
 from .layout import check_image_count
@@ -22,10 +21,10 @@ PLAIN = {
 
 
 class ViCAGeneration(GenerationMixin):
-    if TYPE_CHECKING:  # of the model that inherits this
-        config: ViCAConfig
+    if TYPE_CHECKING:  # the model that inherits this has them
+        config: Any
         model: Any
-        device: torch.device
+        device: Any
 
     def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
         """Runs transformers' own generate."""
@@ -33,9 +32,9 @@ class ViCAGeneration(GenerationMixin):
             raise ViCAError("assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported")
         if streamer is not None:
             kwargs["streamer"] = TextOnlyStreamer(streamer)
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # typed for models, not for a mixin
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -45,11 +44,12 @@ class ViCAGeneration(GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = ViCACache(self.config.text_config.num_hidden_layers)
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
+    def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Encodes images once and lists their features for every copy of a row, so that beams share them."""
-        pixel_values, features = model_kwargs.get("pixel_values"), model_kwargs.get("image_features")
+        pixel_values: Any = model_kwargs.get("pixel_values")
+        features: Any = model_kwargs.get("image_features")
         if expand_size > 1 and (pixel_values is not None or features is not None):
             features = self.model.encode_images(pixel_values.to(self.device)) if features is None else features
             per_row = (input_ids == self.config.image_token_index).sum(1).tolist()
@@ -57,12 +57,13 @@ class ViCAGeneration(GenerationMixin):
                 "pixel_values": None,
                 "image_features": repeat_by_row(list(features), per_row, expand_size),
             }
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        expanded = super()._expand_inputs_for_generation  # type: ignore[misc]
+        return expanded(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Any, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
         for name in ("pixel_values", "image_features"):
@@ -90,11 +91,11 @@ class ViCAGeneration(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> "TextOnlyProcessors":
         """Hides placeholders: processors such as the repetition penalty index the vocabulary by input_ids."""
-        return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))
+        return TextOnlyProcessors(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> "TextOnlyCriteria":
         """Hides placeholders: stop strings embed the last ids."""
-        return TextOnlyCriteria(super()._get_stopping_criteria(*args, **kwargs))
+        return TextOnlyCriteria(super()._get_stopping_criteria(*args, **kwargs))  # type: ignore[misc]
 
 
 class TextOnlyProcessors(LogitsProcessorList):
@@ -107,7 +108,7 @@ class TextOnlyCriteria(StoppingCriteriaList):
         return super().__call__(text_only(input_ids), scores, **kwargs)
 
 
-def text_only(ids: torch.Tensor) -> torch.Tensor:
+def text_only(ids: torch.Tensor) -> Any:
     """Returns the ids with the row's first token of text in place of placeholders."""
     return torch.where(ids < 0, ids.gather(1, (ids >= 0).int().argmax(1, keepdim=True)), ids)
 

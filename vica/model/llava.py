@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,25 +35,27 @@ NOT_TAKEN = ("inputs_embeds", "position_ids", "output_attentions", "cache_positi
 class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: ViCAConfig):
+    config: ViCAConfig
+
+    def __init__(self, config: ViCAConfig) -> None:
         super().__init__(config)
         self.model = ViCAModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # one class reads all formats, with settings of its own
         cls,
-        path_or_repo,
-        *args,
-        config=None,
+        path_or_repo: Any,
+        *args: Any,
+        config: ViCAConfig | None = None,
         variant: str | None = None,
-        t2v_layers=None,
-        freeze_prefix=None,
-        recipe=None,
+        t2v_layers: Any = None,
+        freeze_prefix: bool | int | None = None,
+        recipe: Any = None,
         output_loading_info: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Returns the model of a checkpoint in any of the three formats. `variant` is ViCA's (accel, mask, dense);
         further arguments are transformers' own (dtype, device_map, quantization_config, attn_implementation, ...)."""
         if path_or_repo is None:  # transformers' way of building from a state dict
@@ -65,7 +68,9 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def from_source(cls, source: Source, wiring: Wiring, *args, config: ViCAConfig | None = None, **kwargs):
+    def from_source(
+        cls, source: Source, wiring: Wiring, *args: Any, config: ViCAConfig | None = None, **kwargs: Any
+    ) -> tuple[Any, dict]:
         """Returns a checkpoint's model and transformers' loading info. `config` replaces the checkpoint's own."""
         if config is None:
             config = source.config(wiring)
@@ -73,28 +78,34 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             config = wiring.on(with_tower(config, source.cache_dir))
             config.check()
         weights = source.weights(cls, config)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             None, *args, config=config, state_dict=weights, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         if left := {k: v for k, v in info.items() if v}:
             raise ViCAError(f"the weights of {source.folder} did not load whole: {left}")
         model.config.name_or_path = source.name
         model.generation_config = generation.read_generation(source.folder) or model.generation_config
         return model, info
 
-    def save_pretrained(self, save_directory, *args, max_shard_size=SHARD_SIZE, **kwargs):
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, max_shard_size: int | str = SHARD_SIZE, **kwargs: Any
+    ) -> None:
         """Writes the vica format: LLaVA's names and flat config.json, with the wiring and the tower inside."""
         kept, self.generation_config = self.generation_config, generation.savable(self.generation_config)
         try:
-            return super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
+            kwargs["max_shard_size"] = max_shard_size
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.generation_config = kept
 
-    def load_projector(self, path) -> None:
+    def load_projector(self, path: Any) -> None:
         """Fills the projector with the weights that stage 1 saved."""
         projector.load_projector(self.model.mm_projector, path)
 
-    def set_variant(self, variant: str | None = None, t2v_layers=None, freeze_prefix=None) -> None:
+    def set_variant(
+        self, variant: str | None = None, t2v_layers: Any = None, freeze_prefix: bool | int | None = None
+    ) -> None:
         """Rewires the model in place: the weights are the same for every variant. Naming layers, a prefix rule or dense
         replaces a custom plan; accel and mask both follow one."""
         Wiring(variant, t2v_layers, freeze_prefix).change(self.config)
@@ -117,8 +128,8 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
         taps: Sequence[Tap] = (),
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> Any:
         """Returns logits [B, T, vocab], row for row with `input_ids` and zero at placeholders and padding; with
         `logits_to_keep=1`, [B, 1, vocab]: each row's last text token, wherever padding stands. `skip_logits`: only the
         loss, from the rows that have a label, which is what training needs. `taps` watch attention (scores.py)."""
@@ -131,7 +142,7 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
         elif image_features is None and self.training and self.config.vision_config is not None:
             image_features = self.model.encode_no_image()
         cache = self._cache_for(past_key_values, use_cache)
-        states = [] if output_hidden_states else None
+        states: list[torch.Tensor] | None = [] if output_hidden_states else None
         hidden, tokens = self.model(input_ids, attention_mask, image_features, cache, states, taps)
 
         loss = None
@@ -145,12 +156,11 @@ class ViCAForConditionalGeneration(ViCAGeneration, ViCAPreTrainedModel, Generati
             logits = self.lm_head(last_rows(hidden, tokens))
         else:
             logits = self.lm_head(unpack(hidden, tokens))[:, -logits_to_keep:]
-        if states is not None:
-            states = tuple(unpack(x, tokens) for x in [*states, hidden])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
+        unpacked = None if states is None else tuple(unpack(x, tokens) for x in [*states, hidden])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=unpacked)
         return output if return_dict is not False else output.to_tuple()
 
-    def _cache_for(self, cache, use_cache: bool | None) -> ViCACache | None:
+    def _cache_for(self, cache: Any, use_cache: bool | None) -> ViCACache | None:
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         use_cache = use_cache or cache is not None
