@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import vica
 from tests import plans
 from tests.builders import IMAGE, Row, assert_close, batch, image, text_columns, tiny_model
-from vica.model import flow_accel, packs
+from vica.model import attention_accel, flow_accel, packs
 from vica.plan.layer import Drop, LayerPlan
 
 LAYERS = 4
@@ -266,7 +266,7 @@ def test_taps_see_the_same_attention(plan, rows):
 
 FAULTS = {
     "visual tokens that read see what comes after": (
-        flow_accel.LayerAttention, "_whole_runs",
+        attention_accel.LayerAttention, "_whole_runs",
         property(lambda self: self._contiguous(np.roll(self.segment.tokens.counts, 1), text_reads=True)),
     ),
     "the lowest scores stay": (
