@@ -13,4 +13,4 @@ if [ "${1:-}" = core ]; then
     tier=(-m core tests/core)
     shift
 fi
-exec .venv/bin/python -m pytest --numprocesses "${WORKERS:-2}" ${tier[@]+"${tier[@]}"} "$@"
+exec .venv/bin/python -m pytest --numprocesses "${WORKERS:-2}" --dist worksteal ${tier[@]+"${tier[@]}"} "$@"

@@ -18,15 +18,17 @@ settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True
 settings.load_profile("ci")
 
 
-CORE = Path(__file__).with_name("core")
+CORE, TRAIN = (Path(__file__).with_name(name) for name in ("core", "train"))
 BESIDE_CORE = ("test_transformers.py",)  # other tools on what we save
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as the core tier what lies in core/, but for slow tests and BESIDE_CORE."""
+    """Marks as the core tier what lies in core/, but for slow tests and BESIDE_CORE; training comes first."""
     for item in items:
         if CORE in item.path.parents and item.path.name not in BESIDE_CORE and not item.get_closest_marker("slow"):
             item.add_marker("core")
+    # The longest tests start processes of their own and wait for them: first, or one worker has them left at the end.
+    items.sort(key=lambda item: TRAIN not in item.path.parents)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -355,8 +356,13 @@ def test_no_requests():
     assert engine.generate([]) == [] and list(engine.stream(iter(()))) == []
 
 
-def test_progress_is_shown(capsys):
-    small_engine(wired()).generate([request_of([3])], progress=True)
+def test_progress_is_shown(capsys, monkeypatch):
+    """A bar on a terminal; elsewhere so short a job says nothing, and longer ones are told in lines."""
+    engine = small_engine(wired())
+    engine.generate([request_of([3])], progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    engine.generate([request_of([3])], progress=True)
     assert "1/1" in capsys.readouterr().err
 
 
