@@ -19,7 +19,7 @@ settings.load_profile("ci")
 
 
 CORE, TRAIN = (Path(__file__).with_name(name) for name in ("core", "train"))
-BESIDE_CORE = ("test_transformers.py",)  # other tools on what we save
+BESIDE_CORE = ("test_transformers.py", "test_checkpoints.py")  # files and other tools
 
 
 def pytest_collection_modifyitems(items):

@@ -79,7 +79,7 @@ ANY_CALL = dict(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(**ANY_CALL)
 @torch.no_grad()
 def test_accel_is_mask(plan, rows, side, extra, kv_heads):
@@ -115,7 +115,7 @@ def train(model, inputs, labels, checkpointing: bool):
     return loss.detach(), gradients, [torch.zeros_like(x) if x.grad is None else x.grad for x in features]
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(plan=plans.any_plan(LAYERS), rows=layouts, side=sides, checkpointing=st.booleans())
 def test_loss_and_every_gradient(plan, rows, side, checkpointing):
     inputs = batch(asked(rows), side)
@@ -137,7 +137,7 @@ turns = st.lists(st.lists(st.lists(parts, min_size=1, max_size=3), min_size=2, m
 ANY_TALK = dict(plan=plans.any_plan(LAYERS), turns=turns, side=sides)
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(**ANY_TALK)
 @torch.no_grad()
 def test_turns_on_a_cache(plan, turns, side):
