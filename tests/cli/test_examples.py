@@ -75,7 +75,7 @@ def test_notebook(monkeypatch):
 
 
 def test_notebook_is_one():
-    """What Jupyter wants of nbformat 4.5, and no outputs but small ones."""
+    """Holds what Jupyter requires of nbformat 4.5, and small outputs only."""
     assert NOTEBOOK["nbformat"] == 4 and NOTEBOOK["nbformat_minor"] == 5
     ids = [cell["id"] for cell in NOTEBOOK["cells"]]
     assert len(set(ids)) == len(ids) > 5

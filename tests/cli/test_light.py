@@ -27,7 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def python(*lines: str) -> str:
-    """What a fresh interpreter prints."""
+    """Returns what a fresh interpreter prints."""
     done = run("-c", "\n".join(lines))
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout.strip()

@@ -46,7 +46,7 @@ def test_status_of_the_work():
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_log_levels(level, monkeypatch):
-    """By default nothing is set up: Python prints warnings as they are, and transformers tells errors alone."""
+    """Nothing is set up by default: Python prints warnings as they are, and transformers tells errors alone."""
     ours, before, set_up = logging.getLogger("vica"), transformers_logging.get_verbosity(), []
     monkeypatch.setattr(ours, "level", logging.NOTSET)
     monkeypatch.setattr(logging, "basicConfig", lambda **given: set_up.append(given))

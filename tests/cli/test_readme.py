@@ -111,7 +111,7 @@ def test_toy_figures_are_those_measured():
 
 
 def test_the_picture_is_of_the_models_that_are_here():
-    """What its script counts, for the questions that are here; milliseconds are those of one machine."""
+    """Compares it with what its script counts for the questions that are here; milliseconds are those of one machine."""
     told = json.loads((RESULTS / "toy/picture.json").read_text())
     for name, checkpoint in picture.MODELS:
         counted = picture.counted(ViCAConfig.from_pretrained(ROOT / "playground/checkpoints" / checkpoint))
@@ -188,7 +188,7 @@ MADE = ("playground/toy/eval", "playground/answers", "playground/data")  # by a 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_and_links_exist(page):
-    """Whatever looks like a path of this repository, and every link that leads into it."""
+    """Checks everything that looks like a path of this repository, and every link into it."""
     text = PAGES[page]
     if page.name == "from-llava.md":  # the first column is LLaVA's
         text = re.sub(r"^\| .*? \| ", "| ", text, flags=re.M)

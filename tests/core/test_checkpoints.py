@@ -168,7 +168,7 @@ def test_our_layout_is_bit_equal_in_every_variant(tmp_path, original, weights, v
 
 
 def test_saved_names_and_settings_are_llavas(tmp_path, original):
-    """What LLaVA's loader looks for: flat fields, its key names, the tower under vision_tower.vision_tower."""
+    """Finds what LLaVA's loader looks for: flat fields, its key names, the tower under vision_tower.vision_tower."""
     original.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     for name in (

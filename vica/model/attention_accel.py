@@ -68,7 +68,7 @@ class StoredKeys:
 
 
 class LayerAttention:
-    """What all layers of one plan share within a segment: which tokens query, which keys they see."""
+    """The part that all layers of one plan share within a segment: which tokens query, which keys they see."""
 
     def __init__(self, flow: "AccelFlow", segment: Segment, plan: LayerPlan) -> None:
         self.flow, self.segment, self.plan, self.call = flow, segment, plan, flow.call

@@ -27,7 +27,7 @@ Place = TypeVar("Place")
 
 @dataclass(frozen=True)
 class Call:
-    """What a flow is made from: the plan, the tokens of this call, and where and how to compute."""
+    """Everything a flow is made from: the plan, the tokens of this call, and where and how to compute."""
 
     plan: list[LayerPlan]
     tokens: Tokens

@@ -25,7 +25,7 @@ from .layout import Tokens, pad_index, ranks_in_row
 
 
 class Packing:
-    """What stays the same from segment to segment."""
+    """Everything that stays the same from segment to segment."""
 
     def __init__(self, tokens: Tokens, device: torch.device) -> None:
         self.tokens, self.device = tokens, device

@@ -106,7 +106,7 @@ class ViCAConfig(PreTrainedConfig):
 
     @property
     def plan(self) -> list[LayerPlan]:
-        """What each layer does: as assigned, else as variant, t2v_layers and freeze_prefix say."""
+        """Returns what each layer does: as assigned, else as variant, t2v_layers and freeze_prefix say."""
         if self.custom_plan is not None:
             return plan_from_json(self.custom_plan)
         return make_plan(self.variant, self.text_config.num_hidden_layers, self.t2v_layers, self.freeze_prefix)

@@ -61,7 +61,7 @@ class DataArguments:
 
 @dataclass
 class RunArguments:
-    """What a run learns and how; beside these flags are those of transformers' TrainingArguments."""
+    """Flags for what a run learns and how; beside these flags are those of transformers' TrainingArguments."""
 
     stage: str | None = option(None, f"what trains: {', '.join(STAGES)}")
     tune_mm_mlp_adapter: bool = option(False, "LLaVA's word for --stage pretrain")
