@@ -111,7 +111,7 @@ def test_toy_figures_are_those_measured():
 
 
 def test_the_picture_is_of_the_models_that_are_here():
-    """Compares it with what its script counts for the questions that are here; milliseconds are those of one machine."""
+    """Compares it with what its script counts for these questions; milliseconds are those of one machine."""
     told = json.loads((RESULTS / "toy/picture.json").read_text())
     for name, checkpoint in picture.MODELS:
         counted = picture.counted(ViCAConfig.from_pretrained(ROOT / "playground/checkpoints" / checkpoint))

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def settings(args, model, processor: ViCAProcessor) -> dict:
-    """Returns all that answers depend on beside the questions. Call it before there is an engine, which fuses weights."""
+    """Returns all that answers depend on beside the questions. Call it before an engine fuses the weights."""
     from ..utils.hashing import sample_fingerprint
 
     config = model.config
