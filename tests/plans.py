@@ -59,7 +59,3 @@ def any_plan(draw, layers: int, drops: bool = True, ranked: bool = True) -> list
             left = keep
         plan.append(LayerPlan(layer.visual, layer.text_reads, layer.prefix_attends, drop))
     return plan
-
-
-def is_ranked(plan: list[LayerPlan]) -> bool:
-    return any(layer.drop is not None and layer.drop.rank is not None for layer in plan)

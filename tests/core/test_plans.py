@@ -154,11 +154,6 @@ def test_turns_on_a_cache(plan, turns, side):
     assert_same_step(models, outs, inputs, plan)
 
 
-def pieces_allowed(plan: list[LayerPlan]) -> bool:
-    """A ranked drop must see the whole prompt. So must renumbering: it counts what a call brought."""
-    return not plans.is_ranked(plan)
-
-
 @settings(max_examples=80)
 @given(
     plan=plans.any_plan(LAYERS, ranked=False), rows=st.lists(st.lists(parts, min_size=2, max_size=4), min_size=2,
@@ -167,7 +162,6 @@ def pieces_allowed(plan: list[LayerPlan]) -> bool:
 @torch.no_grad()
 def test_a_prompt_in_pieces(plan, rows, cut, variant):
     """Where nothing is ranked, a prompt may come in pieces, images apart from their questions."""
-    assert pieces_allowed(plan)
     model = make(plan, variant)
     whole = [Row(tuple(p), 7 + i) for i, p in enumerate(rows)]
     cache, columns, got = None, torch.zeros(2, 0, dtype=torch.long), [[], []]

@@ -42,10 +42,8 @@ class StoredKeys:
         self.past = CacheEntries(entries.pos, entries.visual)
         index = entries.append(packing.tokens.select(order))
         self.entries, self.shape = entries, index.shape
-        place = packing.row_of_text.copy()
-        place[segment.visual] = len(packing.text) + np.arange(len(segment.visual))
         at = np.maximum(index, 0)  # holes take any key, which nothing sees
-        self._rows = place[order][at] if len(order) else at
+        self._rows = segment.pack_row[order][at] if len(order) else at
         in_reading_order = not segment.scattered and len(order) == len(segment.present)
         self._joined_rows = at if in_reading_order else None
         self._packing = packing

@@ -37,9 +37,6 @@ class Packing:
         self.row_of_text[self.text] = np.arange(len(self.text))
         self.splits_images = self._splits_images()
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)
 
@@ -90,9 +87,14 @@ class Segment:
     @cached_property
     def row_of(self) -> np.ndarray:
         """The row of each present token in [text pack; visual pack], by the host's knowledge."""
+        return self.pack_row[self.present]
+
+    @cached_property
+    def pack_row(self) -> np.ndarray:
+        """The row of each of the call's tokens in [text pack; visual pack]; undefined for those that have left."""
         place = self.packing.row_of_text.copy()
         place[self.visual] = len(self.packing.text) + np.arange(len(self.visual))
-        return place[self.present]
+        return place
 
     # --- joining and splitting ---
 

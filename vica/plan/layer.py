@@ -100,8 +100,8 @@ def check_plan(plan: Sequence[LayerPlan], num_layers: int) -> None:
 
 def is_uniform(plan: Sequence[LayerPlan]) -> bool:
     """Whether the visual tokens are the same in every layer: all updated and read, or all frozen, none dropped."""
-    frozen = {layer.updates for layer in plan}
-    return len(frozen) == 1 and all(layer.drop is None and (layer.reads or not layer.updates) for layer in plan)
+    updates = {layer.updates for layer in plan}
+    return len(updates) == 1 and all(layer.drop is None and (layer.reads or not layer.updates) for layer in plan)
 
 
 def updates_visual(plan: Sequence[LayerPlan]) -> bool:
